@@ -1,0 +1,102 @@
+//! Makes a container: namespaces, root, mounts, then its first process, waiting to be started.
+
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+
+use rustix::fs::Mode;
+use rustix::mount::{MountAttrFlags, MountPropagationFlags, mount_change};
+use rustix::process::DumpableBehavior;
+use rustix::thread::UnshareFlags;
+
+use super::launch::Created;
+use super::path::{self, Missing};
+use super::{Outcome, await_start, confine, fs, init, mounts, rootfs, send, set_oom_score_adj};
+use crate::error::{AgentError, Tried};
+use crate::plan::{CreatePlan, Report};
+use crate::sys::{self, Fork};
+
+/// Everything but the network, which is the sandbox's, and users, which the machine isolates.
+const NAMESPACES: UnshareFlags = UnshareFlags::NEWNS
+    .union(UnshareFlags::NEWPID)
+    .union(UnshareFlags::NEWIPC)
+    .union(UnshareFlags::NEWUTS)
+    .union(UnshareFlags::NEWCGROUP);
+
+/// Enters the cgroup and new namespaces and forks the container's first process.
+///
+/// # Errors
+/// What failed before the fork; what fails after it is reported by the forked process.
+pub(crate) fn run(control: &UnixStream, plan: CreatePlan) -> Result<Outcome, AgentError> {
+    super::join_cgroup(&plan.cgroup)?;
+    set_oom_score_adj(plan.process.process.oom_score_adj)?;
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
+        .tried(|| "become undumpable".to_owned())?;
+    unshare()?;
+    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
+        .tried(|| "make mounts private".to_owned())?;
+    match sys::fork().tried(|| "fork the container's first process".to_owned())? {
+        Fork::Parent(pid) => {
+            let pid = pid.as_raw_nonzero().get().unsigned_abs();
+            send(control, &Report::Pid(pid), None).tried(|| "report a pid".to_owned())?;
+            Ok(Outcome::Done)
+        }
+        Fork::Child => first_process(control, plan),
+    }
+}
+
+#[expect(deprecated, reason = "the safe form; CLONE_FILES, which makes it unsafe, is not among the flags")]
+fn unshare() -> Result<(), AgentError> {
+    rustix::thread::unshare(NAMESPACES).tried(|| "make namespaces".to_owned())
+}
+
+fn first_process(control: &UnixStream, plan: CreatePlan) -> Result<Outcome, AgentError> {
+    rustix::process::setsid().tried(|| "start a session".to_owned())?;
+    rustix::process::umask(Mode::empty());
+    set_names(&plan)?;
+    let root = rootfs::build(&plan.image_disk, &plan.writable_disk)?;
+    for mount in &plan.mounts {
+        mounts::kernel(root.as_fd(), mount)?;
+    }
+    mounts::devices(root.as_fd(), &plan.devices)?;
+    let mut volumes = mounts::Volumes::default();
+    for volume in &plan.volumes {
+        volumes.mount(root.as_fd(), volume)?;
+    }
+    drop(volumes);
+    mounts::inject(root.as_fd(), &plan.files, plan.root_read_only)?;
+    mounts::sysctl(root.as_fd(), &plan.sysctl)?;
+    let cwd = &plan.process.process.cwd;
+    if !cwd.is_empty() {
+        path::resolve_or_make(root.as_fd(), cwd, Missing::Folder)?;
+    }
+    let init = if plan.init { Some(init::open_self()?) } else { None };
+    let created = Created::new(plan.process, root.as_fd(), confine::last_capability()?)?;
+    if let Some(terminal) = created.terminal() {
+        terminal.as_console(root.as_fd())?;
+    }
+    mounts::read_only(root.as_fd(), &plan.readonly_paths)?;
+    mounts::mask(root.as_fd(), &plan.masked_paths)?;
+    rootfs::enter(&root)?;
+    if plan.root_read_only {
+        fs::restrict(root.as_fd(), MountAttrFlags::MOUNT_ATTR_RDONLY, false)
+            .tried(|| "make the root read-only".to_owned())?;
+    }
+    drop(root);
+    await_start(control, created.terminal())?;
+    match init {
+        Some(program) => init::run(control, created, &program),
+        None => Ok(Outcome::Exit(created.run(control))),
+    }
+}
+
+fn set_names(plan: &CreatePlan) -> Result<(), AgentError> {
+    if !plan.hostname.is_empty() {
+        rustix::system::sethostname(plan.hostname.as_bytes())
+            .tried(|| format!("set hostname {}", plan.hostname))?;
+    }
+    if !plan.domainname.is_empty() {
+        rustix::system::setdomainname(plan.domainname.as_bytes())
+            .tried(|| format!("set domain name {}", plan.domainname))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,150 @@
+//! The command line as clap parses it: Docker's verbs, flags and short forms. Nothing here acts.
+
+mod container;
+mod image;
+
+pub(crate) use container::{
+    AttachArgs, ContainerOptions, CpArgs, CreateArgs, ExecArgs, InspectArgs, KillArgs, LogsArgs, NamesArgs,
+    PortArgs, PsArgs, RenameArgs, RestartArgs, RmArgs, RunArgs, StartArgs, StatsArgs, StopArgs, TopArgs,
+};
+pub(crate) use image::{ImagesArgs, LoadArgs, PullArgs, PullPolicy, RmiArgs};
+
+use clap::{Args, Parser, Subcommand};
+
+/// Run any Docker image as if it were a local container, each in a virtual machine of its own.
+#[derive(Debug, Parser)]
+#[command(name = "hyper", version, about, disable_help_subcommand = false, max_term_width = 110)]
+pub(crate) struct Cli {
+    /// Say more on standard error: once for steps, twice for everything.
+    #[arg(long = "debug", short = 'D', global = true, action = clap::ArgAction::Count)]
+    pub(crate) debug: u8,
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// Create and run a new container from an image
+    Run(Box<RunArgs>),
+    /// Create a new container
+    Create(Box<CreateArgs>),
+    /// Start one or more stopped containers
+    Start(StartArgs),
+    /// Stop one or more running containers
+    Stop(StopArgs),
+    /// Restart one or more containers
+    Restart(RestartArgs),
+    /// Kill one or more running containers
+    Kill(KillArgs),
+    /// Pause all processes within one or more containers
+    Pause(NamesArgs),
+    /// Unpause all processes within one or more containers
+    Unpause(NamesArgs),
+    /// Remove one or more containers
+    Rm(RmArgs),
+    /// List containers
+    #[command(visible_alias = "list")]
+    Ps(PsArgs),
+    /// Fetch the logs of a container
+    Logs(LogsArgs),
+    /// Execute a command in a running container
+    Exec(ExecArgs),
+    /// Attach to a running container
+    Attach(AttachArgs),
+    /// Show everything known of containers or images
+    Inspect(InspectArgs),
+    /// Copy files between a container and the local file system
+    Cp(CpArgs),
+    /// Display a live stream of resource use
+    Stats(StatsArgs),
+    /// Display the running processes of a container
+    Top(TopArgs),
+    /// Block until containers stop, then print their exit codes
+    Wait(NamesArgs),
+    /// Rename a container
+    Rename(RenameArgs),
+    /// List port mappings of a container
+    Port(PortArgs),
+    /// Download an image from a registry
+    Pull(PullArgs),
+    /// List images
+    Images(ImagesArgs),
+    /// Remove one or more images
+    Rmi(RmiArgs),
+    /// Load images from a tar archive or an OCI layout
+    Load(LoadArgs),
+    /// Work with volumes
+    #[command(subcommand)]
+    Volume(VolumeVerb),
+    /// Show the version
+    Version(FormatArgs),
+    /// Tell whether this host can run virtual machines, and what to do if not
+    Doctor(DoctorArgs),
+    /// Supervise one container's virtual machine (started by `hyper start`)
+    #[command(hide = true)]
+    Supervise {
+        /// Full id of the container.
+        id: String,
+    },
+}
+
+/// Verbs of volumes.
+#[derive(Debug, Subcommand)]
+pub(crate) enum VolumeVerb {
+    /// Create a volume
+    Create {
+        /// Name; a random one if left out.
+        name: Option<String>,
+        /// Label, `key=value`.
+        #[arg(long = "label")]
+        labels: Vec<String>,
+    },
+    /// List volumes
+    Ls {
+        /// Print names only.
+        #[arg(long, short)]
+        quiet: bool,
+        /// Format of the output.
+        #[command(flatten)]
+        format: FormatArgs,
+    },
+    /// Show everything known of volumes
+    Inspect {
+        /// Names.
+        #[arg(required = true)]
+        names: Vec<String>,
+        /// Format of the output.
+        #[command(flatten)]
+        format: FormatArgs,
+    },
+    /// Remove volumes
+    Rm {
+        /// Names.
+        #[arg(required = true)]
+        names: Vec<String>,
+        /// Do not fail when a volume is not there.
+        #[arg(long, short)]
+        force: bool,
+    },
+}
+
+/// `--format`.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct FormatArgs {
+    /// `json`, `table`, `table TEMPLATE`, or a Go template such as `{{.ID}}`
+    #[arg(long, short = 'f')]
+    pub(crate) format: Option<String>,
+}
+
+/// `hyper doctor`.
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Print nothing; the exit code tells.
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}

@@ -1,0 +1,84 @@
+//! One file a verb, or a few that belong together. Each takes its parsed flags and returns the exit code.
+
+mod archive;
+mod attach;
+mod configure;
+mod doctor;
+mod exec;
+mod image;
+mod inspect;
+mod lifecycle;
+mod list;
+mod logs;
+mod provide;
+mod run;
+mod stats;
+mod top;
+mod volume;
+
+use crate::args::{FormatArgs, Verb};
+use crate::error::CliError;
+use crate::format::{Column, Format};
+
+/// Does what the verb says.
+///
+/// # Errors
+/// One line and an exit code.
+pub(crate) async fn dispatch(verb: Verb) -> Result<i32, CliError> {
+    match verb {
+        Verb::Run(args) => run::run(*args).await,
+        Verb::Create(args) => run::create(*args).await,
+        Verb::Start(args) => attach::start(args).await,
+        Verb::Attach(args) => attach::attach(args).await,
+        Verb::Exec(args) => exec::exec(args).await,
+        Verb::Stop(args) => lifecycle::stop(args).await,
+        Verb::Restart(args) => lifecycle::restart(args).await,
+        Verb::Kill(args) => lifecycle::kill(args).await,
+        Verb::Pause(args) => lifecycle::pause(args).await,
+        Verb::Unpause(args) => lifecycle::unpause(args).await,
+        Verb::Rm(args) => lifecycle::rm(args).await,
+        Verb::Wait(args) => lifecycle::wait(args).await,
+        Verb::Rename(args) => lifecycle::rename(&args),
+        Verb::Port(args) => lifecycle::port(&args),
+        Verb::Ps(args) => list::ps(&args),
+        Verb::Logs(args) => logs::logs(args).await,
+        Verb::Inspect(args) => inspect::inspect(&args),
+        Verb::Cp(args) => archive::cp(args).await,
+        Verb::Stats(args) => stats::stats(args).await,
+        Verb::Top(args) => top::top(&args).await,
+        Verb::Pull(args) => image::pull(args).await,
+        Verb::Images(args) => image::images(&args),
+        Verb::Rmi(args) => image::rmi(&args),
+        Verb::Load(args) => image::load(args).await,
+        Verb::Volume(verb) => volume::volume(verb),
+        Verb::Version(args) => version(&args),
+        Verb::Doctor(args) => doctor::doctor(&args).await,
+        Verb::Supervise { id } => {
+            Err(CliError::failed(format!("{id} is supervised by a process of its own")))
+        }
+    }
+}
+
+/// Lives as long as one container's machine; makes a runtime of its own.
+///
+/// # Errors
+/// When the container's state cannot be used.
+pub(crate) fn supervise(id: &str) -> Result<i32, CliError> {
+    hyper_sandbox::supervise(&crate::context::home()?, id)?;
+    Ok(0)
+}
+
+fn version(args: &FormatArgs) -> Result<i32, CliError> {
+    const COLUMNS: [Column; 3] = [
+        Column { heading: "VERSION", key: "Version" },
+        Column { heading: "OS", key: "Os" },
+        Column { heading: "ARCH", key: "Arch" },
+    ];
+    let row = serde_json::json!({
+        "Version": env!("CARGO_PKG_VERSION"),
+        "Os": std::env::consts::OS,
+        "Arch": std::env::consts::ARCH,
+    });
+    Format::parse(args.format.as_deref())?.print(&COLUMNS, &[row])?;
+    Ok(0)
+}

@@ -1,0 +1,44 @@
+//! Calls that rustix does not offer safely.
+// UNSAFETY: `unshare` of namespaces and `mount_setattr` have no safe wrapper.
+#![expect(unsafe_code, reason = "two system calls without a safe wrapper")]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use rustix::thread::UnshareFlags;
+
+/// Attributes of a mount (`struct mount_attr`, Linux 5.12).
+#[repr(C)]
+struct MountAttr {
+    attr_set: u64,
+    attr_clr: u64,
+    propagation: u64,
+    userns_fd: u64,
+}
+
+/// Gives this process mount, network, IPC and host name namespaces of its own. To be called while it has one thread.
+pub(crate) fn unshare_namespaces() -> io::Result<()> {
+    let flags = UnshareFlags::NEWNS | UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
+    // SAFETY: the descriptor table stays shared (no `FILES`), so no other thread's descriptors change meaning.
+    unsafe { rustix::thread::unshare_unsafe(flags) }?;
+    Ok(())
+}
+
+/// Sets attributes on the mount that `mount` refers to and on all mounts below it.
+pub(crate) fn set_mount_attributes(mount: BorrowedFd<'_>, attributes: u64) -> io::Result<()> {
+    let attr = MountAttr { attr_set: attributes, attr_clr: 0, propagation: libc::MS_PRIVATE, userns_fd: 0 };
+    let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
+    // SAFETY: the path is a C string and `attr` a `struct mount_attr` of the size given; both outlive the call, which writes
+    // to neither.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &raw const attr,
+            size_of::<MountAttr>(),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

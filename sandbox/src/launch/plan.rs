@@ -1,0 +1,199 @@
+//! What is to be started, and its form as a `VmSpec`: descriptors get their slots here.
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use hyper_vmm_spec::{
+    BalloonSpec, DeviceSpec, DiskId, DiskSpec, FdSlot, NetSpec, ShareSpec, SpecError, VmSpec, VsockSpec,
+};
+use serde::Serialize;
+
+use super::VmError;
+use crate::dirs::Parts;
+
+/// Kernel command line of every guest. The VMM appends its devices. `reboot=k`: the reset that the VMM sees is that of the keyboard
+/// controller; `quiet`: each character on the serial port is an exit to the VMM; no dummy interface beside eth0.
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k tsc=reliable no_timer_check random.trust_cpu=on dummy.numdummies=0";
+/// The first context id that is not reserved. Guests cannot see each other, so all have the same.
+const GUEST_CID: u32 = 3;
+
+/// A machine to be started.
+#[derive(Debug)]
+pub(crate) struct GuestPlan {
+    /// Where its sockets are made; must exist.
+    pub(crate) run_dir: PathBuf,
+    /// Where its logs are written.
+    pub(crate) log_dir: PathBuf,
+    pub(crate) vcpus: u8,
+    /// Memory of the machine, MiB.
+    pub(crate) mem_mib: u32,
+    pub(crate) disks: Vec<DiskPlan>,
+    pub(crate) net: Option<NetPlan>,
+    /// What is shared; nothing: no file server.
+    pub(crate) shares: Vec<SharePlan>,
+    /// More words for the kernel's command line.
+    pub(crate) kernel_args: Vec<String>,
+}
+
+/// A disk.
+#[derive(Debug)]
+pub(crate) struct DiskPlan {
+    pub(crate) id: &'static str,
+    pub(crate) file: File,
+    pub(crate) read_only: bool,
+}
+
+/// A network interface.
+#[derive(Debug)]
+pub(crate) struct NetPlan {
+    pub(crate) tap: OwnedFd,
+    pub(crate) mac: [u8; 6],
+    pub(crate) mtu: u16,
+}
+
+/// A directory or file of the host, as the file server is told.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct SharePlan {
+    /// Its name in the share.
+    pub(crate) name: String,
+    pub(crate) source: PathBuf,
+    pub(crate) read_only: bool,
+}
+
+/// A spec with the descriptors that it names.
+#[derive(Debug)]
+pub(crate) struct Assembled {
+    pub(crate) spec: VmSpec,
+    fds: Vec<OwnedFd>,
+}
+
+impl Assembled {
+    pub(crate) fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        self.fds.iter().map(AsFd::as_fd).collect()
+    }
+}
+
+/// Path of the VMM's vsock socket.
+pub(crate) fn vsock_path(run_dir: &Path) -> PathBuf {
+    run_dir.join("vsock")
+}
+
+/// Path of the socket on which connections of the guest to a host port arrive.
+pub(crate) fn port_path(run_dir: &Path, port: u32) -> PathBuf {
+    run_dir.join(format!("vsock_{port}"))
+}
+
+#[derive(Debug, Default)]
+struct Slots {
+    fds: Vec<OwnedFd>,
+}
+
+impl Slots {
+    fn take(&mut self, fd: impl Into<OwnedFd>) -> FdSlot {
+        let slot = FdSlot(u32::try_from(self.fds.len()).unwrap_or(u32::MAX));
+        self.fds.push(fd.into());
+        slot
+    }
+}
+
+fn open_part(part: &'static str, path: &Path) -> Result<File, VmError> {
+    File::open(path).map_err(|source| VmError::Part { part, path: path.to_owned(), source })
+}
+
+/// Turns a plan into a spec. `serial` gets the console's output, `share` is the socket of the file server.
+pub(super) fn assemble(
+    plan: GuestPlan,
+    parts: &Parts,
+    serial: OwnedFd,
+    share: Option<OwnedFd>,
+) -> Result<Assembled, VmError> {
+    let mut slots = Slots::default();
+    let kernel = slots.take(open_part("the guest kernel", &parts.kernel)?);
+    let initramfs = slots.take(open_part("the guest's initramfs", &parts.initramfs)?);
+    let cmdline = std::iter::once(CMDLINE)
+        .chain(plan.kernel_args.iter().map(String::as_str))
+        .collect::<Vec<_>>()
+        .join(" ");
+    let mut spec = VmSpec::new(plan.vcpus, plan.mem_mib, kernel, cmdline)?
+        .with_initramfs(initramfs)
+        .with_serial(slots.take(serial))
+        .with_device(DeviceSpec::Vsock(VsockSpec {
+            guest_cid: GUEST_CID,
+            uds_path: vsock_path(&plan.run_dir),
+        }))?;
+    for disk in plan.disks {
+        let id = DiskId::new(disk.id)?;
+        let fd = slots.take(disk.file);
+        spec = spec.with_device(DeviceSpec::Disk(DiskSpec { id, fd, read_only: disk.read_only }))?;
+    }
+    if let Some(net) = plan.net {
+        let fd = slots.take(net.tap);
+        spec = spec.with_device(DeviceSpec::Net(NetSpec { fd, mac: net.mac, mtu: net.mtu }))?;
+    }
+    if let Some(share) = share {
+        let tag = hyper_protocol::SHARE_TAG.to_owned();
+        spec = spec.with_device(DeviceSpec::Share(ShareSpec { tag, fd: slots.take(share) }))?;
+    }
+    let spec = with_small_devices(spec)?;
+    Ok(Assembled { spec, fds: slots.fds })
+}
+
+fn with_small_devices(spec: VmSpec) -> Result<VmSpec, SpecError> {
+    spec.with_device(DeviceSpec::Balloon(BalloonSpec { free_page_reporting: true }))?
+        .with_device(DeviceSpec::Rng)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn null() -> OwnedFd {
+        File::open("/dev/null").unwrap().into()
+    }
+
+    fn plan(dir: &Path) -> GuestPlan {
+        GuestPlan {
+            run_dir: dir.to_owned(),
+            log_dir: dir.to_owned(),
+            vcpus: 2,
+            mem_mib: 128,
+            disks: vec![DiskPlan { id: "image", file: null().into(), read_only: true }],
+            net: Some(NetPlan { tap: null(), mac: [2, 0, 0, 0, 0, 1], mtu: 1500 }),
+            shares: Vec::new(),
+            kernel_args: vec!["loglevel=7".into()],
+        }
+    }
+
+    #[test]
+    fn every_slot_has_its_descriptor() {
+        let dir = tempfile::tempdir().unwrap();
+        let parts = Parts::in_dir(dir.path(), dir.path());
+        let missing = assemble(plan(dir.path()), &parts, null(), None).unwrap_err();
+        assert!(missing.to_string().contains("the guest kernel"), "{missing}");
+        std::fs::write(&parts.kernel, "").unwrap();
+        std::fs::write(&parts.initramfs, "").unwrap();
+        let assembled = assemble(plan(dir.path()), &parts, null(), Some(null())).unwrap();
+        assert_eq!(assembled.fds().len(), 6, "kernel, initramfs, serial, disk, tap, share");
+        let text = serde_json::to_string(&assembled.spec).unwrap();
+        for slot in 0..6 {
+            assert!(text.contains(&format!(":{slot}")), "slot {slot} in {text}");
+        }
+        assert!(assembled.spec.cmdline().ends_with("dummy.numdummies=0 loglevel=7"));
+        assert_eq!(assembled.spec.devices().len(), 6);
+    }
+
+    #[test]
+    fn two_disks_of_one_name_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let parts = Parts::in_dir(dir.path(), dir.path());
+        std::fs::write(&parts.kernel, "").unwrap();
+        std::fs::write(&parts.initramfs, "").unwrap();
+        let mut twice = plan(dir.path());
+        twice.disks.push(DiskPlan { id: "image", file: null().into(), read_only: true });
+        assert!(matches!(
+            assemble(twice, &parts, null(), None),
+            Err(VmError::Spec(SpecError::DuplicateName(_)))
+        ));
+    }
+}

@@ -1,0 +1,257 @@
+//! Names: what containers ask at 127.0.0.11:53 arrives here, one vsock connection a question.
+//!
+//! Names of running containers of the same home are answered from its state; the rest is forwarded to the name servers of the host (or
+//! of `--dns`), as the guest wrote it. Files: `message` (RFC 1035, as much as is needed), `forward`.
+
+mod forward;
+mod message;
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::sync::Arc;
+
+use hyper_protocol::MAX_DNS_MESSAGE_BYTES;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use self::message::{Answer, Kind, Question};
+use crate::config::NetworkMode;
+use crate::launch::scaled_ms;
+use crate::{Home, SandboxError};
+
+/// Most questions of one guest at a time; more wait.
+const MAX_QUESTIONS: usize = 64;
+/// How long one question may take in all.
+const QUESTION_MS: u64 = 15_000;
+/// Names of the host, as containers see it.
+const HOST_NAMES: [&str; 2] = ["host.docker.internal", "host.hyper.internal"];
+
+/// The name service of one container; ends when it is dropped.
+#[derive(Debug)]
+pub(crate) struct NameService {
+    task: JoinHandle<()>,
+}
+
+impl Drop for NameService {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Who is asked.
+#[derive(Debug)]
+struct Resolver {
+    home: Home,
+    gateway: IpAddr,
+    upstreams: Vec<SocketAddr>,
+}
+
+impl NameService {
+    /// Listens on the Unix socket `path`.
+    pub(crate) fn listen(
+        path: &Path,
+        home: &Home,
+        gateway: IpAddr,
+        upstreams: Vec<SocketAddr>,
+    ) -> Result<Self, SandboxError> {
+        let listener =
+            UnixListener::bind(path).map_err(|source| SandboxError::io("listen on", path, source))?;
+        let resolver = Arc::new(Resolver { home: home.clone(), gateway, upstreams });
+        let task = tokio::spawn(async move { serve(&listener, &resolver).await });
+        Ok(Self { task })
+    }
+}
+
+async fn serve(listener: &UnixListener, resolver: &Arc<Resolver>) {
+    let places = Arc::new(Semaphore::new(MAX_QUESTIONS));
+    loop {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let resolver = Arc::clone(resolver);
+                tokio::spawn(async move {
+                    let _place = place;
+                    let done = timeout(scaled_ms(QUESTION_MS), resolver.converse(stream)).await;
+                    if let Ok(Err(error)) = done {
+                        tracing::debug!(%error, "a question broke off");
+                    }
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a question");
+                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+impl Resolver {
+    async fn converse(&self, mut stream: UnixStream) -> std::io::Result<()> {
+        let len = usize::from(stream.read_u16().await?);
+        let mut query = vec![0; len];
+        stream.read_exact(&mut query).await?;
+        let Some(answer) = self.answer(&query).await else { return Ok(()) };
+        let len = u16::try_from(answer.len().min(MAX_DNS_MESSAGE_BYTES)).unwrap_or(u16::MAX);
+        stream.write_u16(len).await?;
+        stream.write_all(answer.get(..usize::from(len)).unwrap_or(&answer)).await
+    }
+
+    /// The answer to a query; `None` if it is so broken that it cannot be answered.
+    async fn answer(&self, query: &[u8]) -> Option<Vec<u8>> {
+        if !message::is_query(query) {
+            return None;
+        }
+        if let Some(question) = Question::parse(query)
+            && let Some(answer) = self.known(&question)
+        {
+            return Some(question.reply(query, &answer));
+        }
+        match forward::forward(query, &self.upstreams).await {
+            Some(answer) => Some(answer),
+            None => message::failure(query),
+        }
+    }
+
+    /// What our own state says; `None` when it is somebody else's name.
+    fn known(&self, question: &Question) -> Option<Answer> {
+        match question.kind {
+            Kind::A | Kind::Aaaa => {
+                let addresses = self.addresses(&question.name)?;
+                let wanted = |ip: &IpAddr| {
+                    matches!((ip, question.kind), (IpAddr::V4(_), Kind::A) | (IpAddr::V6(_), Kind::Aaaa))
+                };
+                Some(Answer::Addresses(addresses.into_iter().filter(wanted).collect()))
+            }
+            Kind::Ptr => self.name_of(message::reverse_address(&question.name)?).map(Answer::Name),
+            Kind::Other => self.addresses(&question.name).map(|_| Answer::Addresses(Vec::new())),
+        }
+    }
+
+    fn addresses(&self, name: &str) -> Option<Vec<IpAddr>> {
+        if HOST_NAMES.contains(&name) {
+            return Some(vec![self.gateway]);
+        }
+        let all = self.home.containers().unwrap_or_default();
+        let mut found = Vec::new();
+        for container in all.iter().filter(|container| container.is_live()) {
+            let config = container.config();
+            let host = config.hostname_for(container.id());
+            let named = name.eq_ignore_ascii_case(container.name())
+                || name == container.short_id()
+                || name == container.id();
+            let hosted = name.eq_ignore_ascii_case(host)
+                || (!config.domainname.is_empty()
+                    && name.eq_ignore_ascii_case(&format!("{host}.{}", config.domainname)));
+            if (named || hosted)
+                && config.network == NetworkMode::Bridge
+                && let Some(network) = &container.state().network
+            {
+                found.push(network.ip);
+            }
+        }
+        (!found.is_empty()).then_some(found)
+    }
+
+    fn name_of(&self, ip: IpAddr) -> Option<String> {
+        if ip == self.gateway {
+            return HOST_NAMES.first().map(|name| (*name).to_owned());
+        }
+        let all = self.home.containers().ok()?;
+        let has = |container: &&crate::Container| {
+            container.state().network.as_ref().is_some_and(|net| net.ip == ip)
+        };
+        all.iter().find(has).map(|container| container.name().to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::{NetworkState, Status};
+    use crate::store::FileLock;
+    use crate::store::tests::{config, home};
+
+    fn running(home: &Home, name: &str, ip: &str) {
+        let mut wish = config(name);
+        wish.hostname = format!("{name}-host");
+        let mut container = home.create(wish).unwrap();
+        let lock = FileLock::try_take(&home.container_lock(container.id())).unwrap().unwrap();
+        let network = NetworkState {
+            ip: ip.parse().unwrap(),
+            prefix_len: 16,
+            gateway: "10.120.0.1".parse().unwrap(),
+            mac: String::new(),
+            tap: String::new(),
+            bridge: String::new(),
+        };
+        let change = |state: &mut crate::ContainerState| {
+            state.status = Status::Running;
+            state.network = Some(network);
+        };
+        container.change_state(&lock, change).unwrap();
+    }
+
+    fn resolver(home: &Home) -> Resolver {
+        Resolver { home: home.clone(), gateway: "10.120.0.1".parse().unwrap(), upstreams: Vec::new() }
+    }
+
+    fn ask(resolver: &Resolver, name: &str, kind: Kind) -> Option<Answer> {
+        resolver.known(&Question { name: name.to_owned(), kind, end: 0 })
+    }
+
+    #[test]
+    fn containers_are_found_by_name_hostname_and_id() {
+        let (_dir, home) = home();
+        running(&home, "db", "10.120.0.7");
+        home.create(config("stopped")).unwrap();
+        let resolver = resolver(&home);
+        let seven = Some(Answer::Addresses(vec!["10.120.0.7".parse().unwrap()]));
+        let id = home.find("db").unwrap();
+        for name in ["db", "DB", "db-host", id.short_id(), id.id()] {
+            assert_eq!(ask(&resolver, name, Kind::A), seven, "{name}");
+        }
+        assert_eq!(
+            ask(&resolver, "db", Kind::Aaaa),
+            Some(Answer::Addresses(vec![])),
+            "no such record, but ours"
+        );
+        for name in ["stopped", "example.org", ""] {
+            assert_eq!(ask(&resolver, name, Kind::A), None, "{name}");
+        }
+        let host = Answer::Addresses(vec!["10.120.0.1".parse().unwrap()]);
+        assert_eq!(ask(&resolver, "host.docker.internal", Kind::A), Some(host));
+        assert_eq!(ask(&resolver, "7.0.120.10.in-addr.arpa", Kind::Ptr), Some(Answer::Name("db".into())));
+        assert_eq!(ask(&resolver, "8.0.120.10.in-addr.arpa", Kind::Ptr), None);
+    }
+
+    #[tokio::test]
+    async fn questions_are_answered_over_the_socket() {
+        let (dir, home) = home();
+        running(&home, "db", "10.120.0.7");
+        let path = dir.path().join("dns");
+        let gateway = "10.120.0.1".parse().unwrap();
+        let _service = NameService::listen(&path, &home, gateway, Vec::new()).unwrap();
+        let query = message::tests::query("db", 1);
+        let mut stream = UnixStream::connect(&path).await.unwrap();
+        stream.write_u16(u16::try_from(query.len()).unwrap()).await.unwrap();
+        stream.write_all(&query).await.unwrap();
+        let len = stream.read_u16().await.unwrap();
+        let mut answer = vec![0; usize::from(len)];
+        stream.read_exact(&mut answer).await.unwrap();
+        assert!(answer.ends_with(&[10, 120, 0, 7]));
+        assert_eq!(answer[..2], query[..2]);
+        let mut broken = UnixStream::connect(&path).await.unwrap();
+        broken.write_all(&[0, 3, 1, 2, 3]).await.unwrap();
+        assert!(broken.read_u16().await.is_err(), "closed without an answer");
+    }
+
+    #[tokio::test]
+    async fn without_servers_others_names_fail() {
+        let (_dir, home) = home();
+        let answer = resolver(&home).answer(&message::tests::query("example.org", 1)).await.unwrap();
+        assert_eq!(answer[3] & 0x0f, 2, "SERVFAIL");
+    }
+}

@@ -1,0 +1,215 @@
+//! The host's side of a container's network: a bridge that all share, a TAP and an address for each.
+//!
+//! ```text
+//! container eth0 -- hyper-vmm -- TAP hy<8 hex> -- bridge hyper0 (first address) -- forwarding, masquerade -- world
+//!                                                   |
+//! published ports: proxy in the supervisor ---------+      names: service on a vsock port, see `dns`
+//! ```
+//!
+//! Files: `subnet`, `lease` (addresses), `link` (bridge, TAP), `firewall` (the way out), `publish` (the way in), `dns`, `resolv`.
+
+pub(crate) mod dns;
+mod firewall;
+mod lease;
+mod link;
+pub(crate) mod publish;
+pub(crate) mod resolv;
+mod subnet;
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use tokio::task::JoinHandle;
+
+use crate::SandboxError;
+use crate::state::NetworkState;
+use crate::store::{FileLock, make_private_dir};
+
+pub(crate) use link::MTU;
+
+/// The bridge without `HYPER_BRIDGE`.
+pub(crate) const DEFAULT_BRIDGE: &str = "hyper0";
+/// Where locks and leases of all bridges are; of the host, whoever's home it is.
+const NET_DIR: &str = "/run/hyper-net";
+
+/// Why the network could not be set up. Every message says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    /// Somebody else listens there.
+    #[error("bind for {address} failed: port is already allocated")]
+    PortInUse {
+        /// Address, port and protocol.
+        address: String,
+    },
+    /// A listener could not be made for another reason.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// Address, port and protocol.
+        address: String,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// No TAP driver.
+    #[error("this host has no /dev/net/tun: load the module (modprobe tun), or use --network none")]
+    NoTun,
+    /// No bridge driver.
+    #[error("this host's kernel has no bridges: load the module (modprobe bridge), or use --network none")]
+    NoBridge,
+    /// Not allowed.
+    #[error("no permission to {what} {name}: run as root, or use --network none")]
+    Permission {
+        /// What was tried.
+        what: &'static str,
+        /// On which interface.
+        name: String,
+    },
+    /// An ioctl failed.
+    #[error("cannot {what} {name}: {source}")]
+    Interface {
+        /// What was tried.
+        what: &'static str,
+        /// On which interface.
+        name: String,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// Something else has the bridge's name.
+    #[error("the interface {name} is no bridge: rename it, or set HYPER_BRIDGE to another name")]
+    NotABridge {
+        /// The name.
+        name: String,
+    },
+    /// The bridge is of another network.
+    #[error(
+        "the bridge {name} has the address {found}, not {wanted}: delete it (ip link delete {name}) or set HYPER_SUBNET to its network"
+    )]
+    OtherSubnet {
+        /// The bridge.
+        name: String,
+        /// Its address.
+        found: Ipv4Addr,
+        /// The address that it should have.
+        wanted: Ipv4Addr,
+    },
+    /// `HYPER_SUBNET` is no network.
+    #[error("HYPER_SUBNET is {0:?}: give an IPv4 network such as 10.120.0.0/16")]
+    Subnet(String),
+    /// All addresses are taken.
+    #[error("all addresses of {subnet} are taken: stop a container or set HYPER_SUBNET to a larger network")]
+    NoAddress {
+        /// The network.
+        subnet: String,
+    },
+    /// No nft.
+    #[error("nft is missing on this host: install the package nftables, or use --network none")]
+    NoNft,
+    /// nft failed.
+    #[error(
+        "nft {command} failed: {message}; the host's kernel needs nf_tables with NAT, or use --network none"
+    )]
+    Nft {
+        /// Its arguments.
+        command: String,
+        /// First line of its standard error.
+        message: String,
+    },
+    /// Forwarding could not be turned on.
+    #[error("cannot turn on forwarding in {path}: {source}")]
+    Forwarding {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+}
+
+/// Which bridge and network this host uses.
+#[derive(Debug, Clone)]
+pub(crate) struct NetworkSettings {
+    bridge: String,
+    subnet: subnet::Subnet,
+    dir: PathBuf,
+}
+
+/// A container's place on the bridge. Address and TAP are free again when this is dropped and the VMM has ended.
+#[derive(Debug)]
+pub(crate) struct Link {
+    pub(crate) tap: Option<OwnedFd>,
+    pub(crate) mac: [u8; 6],
+    pub(crate) state: NetworkState,
+    firewall: Option<JoinHandle<Result<(), NetworkError>>>,
+    _lease: lease::Lease,
+}
+
+impl NetworkSettings {
+    /// From `HYPER_BRIDGE` and `HYPER_SUBNET`.
+    pub(crate) fn from_env() -> Result<Self, NetworkError> {
+        let var = |name: &str, default: &str| match std::env::var(name) {
+            Ok(value) if !value.is_empty() => value,
+            _ => default.to_owned(),
+        };
+        let bridge = var("HYPER_BRIDGE", DEFAULT_BRIDGE);
+        let subnet = var("HYPER_SUBNET", subnet::DEFAULT_SUBNET).parse()?;
+        Ok(Self { dir: Path::new(NET_DIR).join(&bridge), bridge, subnet })
+    }
+
+    /// The host's address, as containers see it.
+    pub(crate) fn gateway(&self) -> IpAddr {
+        self.subnet.gateway().into()
+    }
+
+    /// Puts a container on the bridge; `last` is the address that it had. The firewall is seen to meanwhile: see [`Link::ready`].
+    pub(crate) async fn connect(&self, id: &str, last: Option<IpAddr>) -> Result<Link, SandboxError> {
+        make_private_dir(&self.dir)?;
+        let last = last.and_then(|ip| match ip {
+            IpAddr::V4(ip) => Some(ip),
+            IpAddr::V6(_) => None,
+        });
+        let lease = lease::take(&self.dir.join("leases"), self.subnet, last)?;
+        let name = format!("hy{}", id.get(..8).unwrap_or(id));
+        {
+            let _lock =
+                FileLock::take_within(&self.dir.join("lock"), crate::launch::scaled_ms(10_000)).await?;
+            link::ensure_bridge(&self.bridge, self.subnet)?;
+        }
+        let tap = link::open_tap(&name, &self.bridge)?;
+        let mac = subnet::mac_of(lease.ip);
+        let state = NetworkState {
+            ip: lease.ip.into(),
+            prefix_len: self.subnet.prefix_len(),
+            gateway: self.gateway(),
+            mac: subnet::mac_text(mac),
+            tap: name,
+            bridge: self.bridge.clone(),
+        };
+        let settings = self.clone();
+        let firewall = tokio::spawn(async move { settings.ensure_firewall().await });
+        Ok(Link { tap: Some(tap), mac, state, firewall: Some(firewall), _lease: lease })
+    }
+
+    async fn ensure_firewall(&self) -> Result<(), NetworkError> {
+        let path = self.dir.join("firewall.lock");
+        // Two at once would find two half-made tables; nft itself is transactional, so going on without the lock is harmless.
+        let _lock = FileLock::take_within(&path, crate::launch::scaled_ms(10_000)).await.ok();
+        firewall::ensure(&self.bridge, self.subnet).await
+    }
+}
+
+impl Link {
+    /// Gives the TAP away: the interface lives as long as the machine.
+    pub(crate) fn take_tap(&mut self) -> Option<OwnedFd> {
+        self.tap.take()
+    }
+
+    /// Waits until packets can leave the host.
+    pub(crate) async fn ready(&mut self) -> Result<(), SandboxError> {
+        match self.firewall.take() {
+            None => Ok(()),
+            Some(task) => match task.await {
+                Ok(done) => Ok(done?),
+                Err(error) => Err(SandboxError::io("set up", "the firewall", std::io::Error::other(error))),
+            },
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! Copies of sparse files that stay sparse.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+
+use rustix::fs::{SeekFrom, copy_file_range, ioctl_ficlone, seek};
+use rustix::io::Errno;
+
+/// Makes `to` (replacing what is there) a copy of `from`: shared extents where the file system can, else only the data is copied.
+pub(super) fn clone_sparse(from: &Path, to: &Path) -> io::Result<()> {
+    let source = File::open(from)?;
+    let target = File::create(to)?;
+    if ioctl_ficlone(&target, &source).is_ok() {
+        return Ok(());
+    }
+    let len = source.metadata()?.len();
+    target.set_len(len)?;
+    let mut at = 0;
+    while at < len {
+        let start = match seek(&source, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => break,
+            Err(error) => return Err(error.into()),
+        };
+        let end = seek(&source, SeekFrom::Hole(start))?;
+        copy_extent(&source, &target, start, end)?;
+        at = end;
+    }
+    Ok(())
+}
+
+fn copy_extent(source: &File, target: &File, start: u64, end: u64) -> io::Result<()> {
+    let (mut from, mut to) = (start, start);
+    while from < end {
+        let want = usize::try_from(end - from).unwrap_or(usize::MAX);
+        match copy_file_range(source, Some(&mut from), target, Some(&mut to), want) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(_) => {}
+            // Not on this file system, or not between these two.
+            Err(Errno::XDEV | Errno::NOSYS | Errno::OPNOTSUPP | Errno::INVAL) => {
+                return copy_bytes(source, target, from, end);
+            }
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+fn copy_bytes(source: &File, target: &File, mut at: u64, end: u64) -> io::Result<()> {
+    use std::os::unix::fs::FileExt;
+    let mut buffer = vec![0; 1 << 20];
+    while at < end {
+        let want = usize::try_from(end - at).unwrap_or(usize::MAX).min(buffer.len());
+        let Some(part) = buffer.get_mut(..want) else { return Ok(()) };
+        source.read_exact_at(part, at)?;
+        target.write_all_at(part, at)?;
+        at += u64::try_from(want).unwrap_or_default();
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{FileExt, MetadataExt};
+
+    use super::*;
+
+    #[test]
+    fn holes_stay_holes() {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+        let file = File::create(&from).unwrap();
+        file.set_len(64 << 20).unwrap();
+        file.write_all_at(b"begin", 0).unwrap();
+        file.write_all_at(b"middle", 10 << 20).unwrap();
+        clone_sparse(&from, &to).unwrap();
+        assert_eq!(std::fs::read(&from).unwrap(), std::fs::read(&to).unwrap());
+        let data = std::fs::metadata(&to).unwrap();
+        assert_eq!(data.len(), 64 << 20);
+        assert!(data.blocks() * 512 < 1 << 20, "{} bytes on disk", data.blocks() * 512);
+    }
+
+    #[test]
+    fn empty_and_plain_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+        for text in ["", "plain"] {
+            std::fs::write(&from, text).unwrap();
+            clone_sparse(&from, &to).unwrap();
+            assert_eq!(std::fs::read_to_string(&to).unwrap(), text);
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! What has no safe wrapper: TAP and bridge ioctls, and the parent-death signal of a child.
+// UNSAFETY: ioctl and pre_exec are unsafe by signature; both are called with plain values only.
+#![expect(
+    unsafe_code,
+    reason = "TUNSETIFF, TUNSETOFFLOAD, bridge ioctls and pre_exec have no safe wrapper in rustix or std"
+)]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use rustix::process::{Pid, Signal, getpid, getppid, set_parent_process_death_signal};
+
+/// Makes a bridge (linux/sockios.h; not in libc for Linux).
+const SIOCBRADDBR: libc::Ioctl = 0x89a0;
+/// Adds an interface to a bridge.
+const SIOCBRADDIF: libc::Ioctl = 0x89a2;
+/// Bytes of `struct ifreq` on 64-bit Linux: 16 of name, 24 of union.
+const IFREQ_BYTES: usize = 40;
+
+/// A `struct ifreq`: the name of an interface and one value.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(8))]
+pub(crate) struct IfReq {
+    bytes: [u8; IFREQ_BYTES],
+}
+
+impl IfReq {
+    /// `name` must be 1 to 15 bytes long.
+    pub(crate) fn new(name: &str) -> io::Result<Self> {
+        let mut bytes = [0; IFREQ_BYTES];
+        let valid = (1..libc::IFNAMSIZ).contains(&name.len()) && !name.contains(['\0', '/']);
+        let Some(place) = bytes.get_mut(..name.len()).filter(|_| valid) else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        place.copy_from_slice(name.as_bytes());
+        Ok(Self { bytes })
+    }
+
+    /// Writes into the union, from its begin.
+    pub(crate) fn with(mut self, value: &[u8]) -> Self {
+        if let Some(place) = self.bytes.get_mut(libc::IFNAMSIZ..libc::IFNAMSIZ + value.len()) {
+            place.copy_from_slice(value);
+        }
+        self
+    }
+
+    /// `N` bytes of the union, from `at`.
+    pub(crate) fn value<const N: usize>(&self, at: usize) -> [u8; N] {
+        let from = libc::IFNAMSIZ + at;
+        self.bytes.get(from..from + N).and_then(|part| part.try_into().ok()).unwrap_or([0; N])
+    }
+}
+
+/// An ioctl that takes a pointer to a `struct ifreq`, reads it and may write to it.
+pub(crate) fn ioctl_ifreq(fd: BorrowedFd<'_>, request: IfIoctl, ifreq: &mut IfReq) -> io::Result<()> {
+    let request = match request {
+        IfIoctl::TunSetIff => libc::TUNSETIFF,
+        IfIoctl::GetIndex => libc::SIOCGIFINDEX,
+        IfIoctl::GetFlags => libc::SIOCGIFFLAGS,
+        IfIoctl::SetFlags => libc::SIOCSIFFLAGS,
+        IfIoctl::GetAddress => libc::SIOCGIFADDR,
+        IfIoctl::SetAddress => libc::SIOCSIFADDR,
+        IfIoctl::SetNetmask => libc::SIOCSIFNETMASK,
+        IfIoctl::SetHardware => libc::SIOCSIFHWADDR,
+        IfIoctl::SetMtu => libc::SIOCSIFMTU,
+        IfIoctl::BridgeAdd => SIOCBRADDIF,
+    };
+    // SAFETY: `fd` is open; each of these requests reads and writes at most a `struct ifreq` at the pointer, and `ifreq` is one: as
+    // long, as aligned, initialised, and exclusively borrowed for the call.
+    let done = unsafe { libc::ioctl(fd.as_raw_fd(), request, std::ptr::from_mut(ifreq)) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Requests of [`ioctl_ifreq`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum IfIoctl {
+    /// Makes a TAP of the descriptor.
+    TunSetIff,
+    /// Interface index.
+    GetIndex,
+    /// Interface flags.
+    GetFlags,
+    /// Interface flags.
+    SetFlags,
+    /// IPv4 address.
+    GetAddress,
+    /// IPv4 address.
+    SetAddress,
+    /// IPv4 netmask.
+    SetNetmask,
+    /// Hardware address.
+    SetHardware,
+    /// Maximum transmission unit.
+    SetMtu,
+    /// Adds an interface to a bridge.
+    BridgeAdd,
+}
+
+/// Makes a bridge.
+pub(crate) fn bridge_create(fd: BorrowedFd<'_>, name: &str) -> io::Result<()> {
+    let name = IfReq::new(name)?;
+    // SAFETY: `fd` is open; SIOCBRADDBR reads a NUL-terminated name of at most IFNAMSIZ bytes at the pointer, and an `IfReq` begins
+    // with one.
+    let done = unsafe { libc::ioctl(fd.as_raw_fd(), SIOCBRADDBR, name.bytes.as_ptr()) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Length of the header before each frame of a TAP, bytes.
+pub(crate) fn tap_set_header(fd: BorrowedFd<'_>, bytes: libc::c_int) -> io::Result<()> {
+    // SAFETY: `fd` is open; TUNSETVNETHDRSZ reads an int at the pointer, and `bytes` is one that outlives the call.
+    let done = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETVNETHDRSZ, std::ptr::from_ref(&bytes)) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Offloads that the reader of a TAP can take: checksums and TCP segmentation.
+pub(crate) fn tap_set_offloads(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let offloads = libc::c_ulong::from(libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6);
+    // SAFETY: `fd` is open; TUNSETOFFLOAD takes its argument by value.
+    let done = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETOFFLOAD, offloads) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Makes the kernel kill the child when the thread that spawns it ends. Spawn it from a thread that lives as long as the process.
+pub(crate) fn die_with_parent(command: &mut tokio::process::Command) {
+    let parent = getpid();
+    let in_child = move || -> io::Result<()> {
+        set_parent_process_death_signal(Some(Signal::KILL))?;
+        // Between fork and prctl the parent may have ended.
+        if getppid().map(Pid::as_raw_nonzero) != Some(parent.as_raw_nonzero()) {
+            return Err(io::Error::from_raw_os_error(libc::ESRCH));
+        }
+        Ok(())
+    };
+    // SAFETY: the closure runs between fork and exec: it makes two system calls and touches only its captured integer; it neither
+    // allocates nor takes a lock.
+    unsafe {
+        command.pre_exec(in_child);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_bounded() {
+        for bad in ["", "sixteen-bytes-xx", "a/b", "a\0b"] {
+            assert!(IfReq::new(bad).is_err(), "{bad}");
+        }
+        let ifreq = IfReq::new("fifteen-bytes-x").unwrap().with(&[1, 2, 3]);
+        assert_eq!(ifreq.value::<3>(0), [1, 2, 3]);
+        assert_eq!(ifreq.value::<1>(24), [0], "beyond the union");
+        assert_eq!(size_of::<IfReq>(), size_of::<libc::ifreq>());
+    }
+
+    #[tokio::test]
+    async fn child_learns_its_signal() {
+        let mut command = tokio::process::Command::new("true");
+        die_with_parent(&mut command);
+        assert!(command.status().await.unwrap().success());
+    }
+}

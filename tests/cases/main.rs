@@ -1,0 +1,12 @@
+//! The product from outside. Each module is one group and gets a lab machine of its own; a hang costs one group.
+
+mod containers;
+mod faults;
+mod images;
+mod limits;
+mod many;
+mod network;
+mod options;
+mod run;
+mod services;
+mod terminal;

@@ -1,0 +1,157 @@
+//! virtio-blk (virtio 1.3, 5.2) on a raw file or block device, served by a thread of its own so that a slow disk stalls neither
+//! a virtual processor nor the other devices. The file's content is never looked at.
+
+mod disk;
+mod handler;
+mod request;
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+
+use hyper_vmm_spec::DiskId;
+use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_WRITE_ZEROES,
+};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+
+pub use self::disk::BlkError;
+use self::disk::Disk;
+use self::handler::{BlkHandler, Counters, Stop};
+use self::request::{ID_BYTES, config_space};
+use crate::device::{ActivateContext, ActivateError, Handler, VirtioDevice};
+
+/// Largest size of the queue.
+const QUEUE_SIZE: u16 = 256;
+
+/// A thread that serves the disk between activation and reset.
+#[derive(Debug)]
+struct Worker {
+    stop: Arc<Stop>,
+    thread: JoinHandle<()>,
+}
+
+/// The device.
+#[derive(Debug)]
+pub struct Blk {
+    serial: [u8; ID_BYTES],
+    disk: Disk,
+    config: Vec<u8>,
+    counters: Arc<Counters>,
+    worker: Option<Worker>,
+}
+
+impl Blk {
+    /// A disk with serial `id` on `file`, whose size, rounded down to sectors of 512 bytes, is the capacity.
+    ///
+    /// # Errors
+    /// When the descriptor's mode does not match `read_only`, or the file has no size or less than a sector.
+    pub fn new(id: &DiskId, file: File, read_only: bool) -> Result<Self, BlkError> {
+        let disk = Disk::new(id.as_str(), file, read_only)?;
+        let mut serial = [0; ID_BYTES];
+        for (to, from) in serial.iter_mut().zip(id.as_str().bytes()) {
+            *to = from;
+        }
+        let config = config_space(disk.sectors(), read_only);
+        Ok(Self { serial, disk, config, counters: Arc::default(), worker: None })
+    }
+
+    fn stop(&mut self) {
+        if let Some(worker) = self.worker.take() {
+            worker.stop.ask();
+            // A worker that panicked has said so; there is nothing to add.
+            let _ = worker.thread.join();
+        }
+    }
+}
+
+impl Drop for Blk {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl VirtioDevice for Blk {
+    fn name(&self) -> &'static str {
+        "blk"
+    }
+
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn queue_max_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+
+    fn features(&self) -> u64 {
+        let mut bits = vec![
+            VIRTIO_F_VERSION_1,
+            VIRTIO_RING_F_EVENT_IDX,
+            VIRTIO_RING_F_INDIRECT_DESC,
+            VIRTIO_BLK_F_SEG_MAX,
+            VIRTIO_BLK_F_BLK_SIZE,
+        ];
+        if self.disk.read_only() {
+            bits.push(VIRTIO_BLK_F_RO);
+        } else {
+            bits.extend([VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]);
+        }
+        bits.into_iter().fold(0, |features, bit| features | 1 << bit)
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        crate::config::read(&self.config, offset, data);
+    }
+
+    /// Starts the worker; nothing runs on the event loop.
+    fn activate(&mut self, context: ActivateContext) -> Result<Vec<Handler>, ActivateError> {
+        let prepare = |source| ActivateError::Io { what: "the disk's thread", source };
+        let active =
+            context.queues.into_iter().find(|q| q.index == 0).ok_or(ActivateError::MissingQueue(0))?;
+        let handler = BlkHandler {
+            disk: self.disk.try_clone().map_err(prepare)?,
+            serial: self.serial,
+            mem: context.mem,
+            interrupt: context.interrupt,
+            features: context.features,
+            active,
+            counters: Arc::clone(&self.counters),
+        };
+        let stop = Arc::new(Stop::new().map_err(prepare)?);
+        let epoll = handler.event_set(&stop).map_err(prepare)?;
+        let asked = Arc::clone(&stop);
+        let thread = std::thread::Builder::new()
+            .name("blk".to_owned())
+            .spawn(move || handler.work(&epoll, &asked))
+            .map_err(prepare)?;
+        self.worker = Some(Worker { stop, thread });
+        Ok(Vec::new())
+    }
+
+    /// Returns when the request that the worker was at has ended: after it, nothing touches guest memory.
+    fn reset(&mut self) {
+        self.stop();
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let c = &self.counters;
+        [
+            ("reads", &c.reads),
+            ("read_bytes", &c.read_bytes),
+            ("writes", &c.writes),
+            ("write_bytes", &c.write_bytes),
+            ("flushes", &c.flushes),
+            ("errors", &c.errors),
+            ("malformed", &c.malformed),
+        ]
+        .map(|(name, counter)| (name, counter.load(Ordering::Relaxed)))
+        .to_vec()
+    }
+}

@@ -1,0 +1,179 @@
+//! What is said on the VMM's control socket.
+//!
+//! The socket is a `SOCK_SEQPACKET` Unix socket pair; the VMM's end is its standard input. Each packet is one JSON value of at
+//! most [`MAX_PACKET_BYTES`]. The first packet from the owner is [`Request::Boot`]; with it, as `SCM_RIGHTS`, travel the
+//! descriptors that the spec names by [`crate::FdSlot`]. Every request gets exactly one [`Message::Reply`], in order; at any time the
+//! VMM may send a [`Message::Event`]. When the owner closes its end, the VMM ends the machine at once.
+//!
+//! ```text
+//! owner --Boot(spec)+fds--> | VMM: Building --ok--> Running <--Pause/Resume--> Paused
+//!       <--Reply--          |                          \--guest ends, Shutdown, owner gone--> Event(Exited), process exit
+//! ```
+
+use serde::{Deserialize, Serialize};
+
+use crate::VmSpec;
+
+/// Largest packet, bytes.
+pub const MAX_PACKET_BYTES: usize = 64 * 1024;
+/// Most descriptors with one packet (the kernel's `SCM_MAX_FD` is 253).
+pub const MAX_FDS: usize = 64;
+
+/// Port of the lifecycle device: the guest writes one byte of [`lifecycle`] to it.
+pub const LIFECYCLE_PORT: u16 = 0x0520;
+
+/// Values that the guest writes to [`LIFECYCLE_PORT`].
+pub mod lifecycle {
+    /// First instruction of PID 1.
+    pub const USER_SPACE: u8 = 0x41;
+    /// The agent serves requests.
+    pub const AGENT_READY: u8 = 0x42;
+    /// What follows is an orderly end: a reset after this is a shutdown, a reset without it is a crash.
+    pub const POWER_OFF: u8 = 0x4f;
+}
+
+/// A request of the owner.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case")]
+pub enum Request {
+    /// Build the machine and start it.
+    Boot {
+        /// What to build.
+        spec: VmSpec,
+    },
+    /// Ask for the state and the boot timeline.
+    State,
+    /// Stop all vCPUs; the reply comes when they have stopped.
+    Pause,
+    /// Let the vCPUs go on.
+    Resume,
+    /// Ask for counters.
+    Metrics,
+    /// Set the balloon's target.
+    Balloon {
+        /// Memory to take from the guest, in pages of 4 KiB.
+        pages: u32,
+    },
+    /// End the machine now, without asking the guest.
+    Shutdown,
+}
+
+/// What the VMM sends.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Message {
+    /// Answer to the oldest unanswered request.
+    Reply {
+        /// The outcome; the error is one line for a person.
+        result: Result<Reply, String>,
+    },
+    /// Something happened.
+    Event {
+        /// What.
+        event: Event,
+    },
+}
+
+/// A successful answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum Reply {
+    /// Done, nothing to say.
+    Done,
+    /// The state.
+    State {
+        /// Where the machine is in its life.
+        state: RunState,
+        /// When each step was reached.
+        timeline: Timeline,
+    },
+    /// Counters since boot.
+    Metrics(Metrics),
+}
+
+/// Where a machine is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RunState {
+    /// vCPUs run.
+    Running,
+    /// vCPUs are stopped.
+    Paused,
+}
+
+/// Steps of a start, in microseconds of `CLOCK_MONOTONIC` since the VMM process began its `main`; 0 = not reached.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Timeline {
+    /// Absolute `CLOCK_MONOTONIC` of the process's `main`, microseconds.
+    pub main_us: u64,
+    /// The boot request was read.
+    pub spec_us: u64,
+    /// Memory is mapped, the kernel is loaded, devices are built.
+    pub built_us: u64,
+    /// The first vCPU entered the guest.
+    pub entered_us: u64,
+    /// PID 1 ran its first instruction.
+    pub user_space_us: u64,
+    /// The agent serves requests.
+    pub agent_ready_us: u64,
+}
+
+/// Counters since boot.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Metrics {
+    /// Exits to the VMM, all vCPUs.
+    pub vm_exits: u64,
+    /// Per device, in slot order: name and named counters.
+    pub devices: Vec<(String, Vec<(String, u64)>)>,
+}
+
+/// Something that happened on its own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum Event {
+    /// The agent wrote [`lifecycle::AGENT_READY`].
+    AgentReady,
+    /// The machine has ended; the process exits after sending this.
+    Exited {
+        /// How it ended.
+        cause: ExitCause,
+        /// When each step was reached.
+        timeline: Timeline,
+    },
+}
+
+/// How a machine ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "cause", rename_all = "snake_case")]
+pub enum ExitCause {
+    /// The guest announced its end and reset.
+    PowerOff,
+    /// The owner asked, or went away.
+    Shutdown,
+    /// The guest reset itself unannounced, which is what its kernel does on panic; with the last lines that it logged.
+    GuestCrash {
+        /// Last lines of the serial console, oldest first, at most 40 of at most 200 bytes, printable ASCII only.
+        last_lines: Vec<String>,
+    },
+    /// A triple fault or an exit that KVM cannot handle.
+    Fault {
+        /// What KVM reported.
+        reason: String,
+        /// As above.
+        last_lines: Vec<String>,
+    },
+}
+
+/// Exit codes of the `hyper-vmm` process.
+pub mod exit_code {
+    /// The guest powered off, or the owner ended the machine.
+    pub const ENDED: u8 = 0;
+    /// The machine could not be built; the reply to `Boot` says why.
+    pub const BUILD: u8 = 1;
+    /// Bad use: no control socket on standard input, bad first packet.
+    pub const USAGE: u8 = 2;
+    /// The guest crashed.
+    pub const GUEST_CRASH: u8 = 3;
+    /// The VMM itself failed.
+    pub const INTERNAL: u8 = 4;
+}

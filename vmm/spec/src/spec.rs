@@ -1,0 +1,383 @@
+//! `VmSpec`: a machine description that is valid by construction.
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// Most virtual processors of one machine (the MP table and the tests stop there).
+pub const MAX_VCPUS: u8 = 32;
+/// Least guest memory, MiB: below this the guest kernel cannot unpack its initramfs.
+pub const MIN_MEM_MIB: u32 = 32;
+/// Most guest memory, MiB (1 TiB): keeps every address under the 46 bits that all x86_64 hosts map.
+pub const MAX_MEM_MIB: u32 = 1 << 20;
+/// Most virtio devices: one I/O APIC pin each, pins 5 to 23.
+pub const MAX_DEVICES: usize = 19;
+/// Longest kernel command line that the caller may give, bytes; the VMM appends device entries to it
+/// (x86 `COMMAND_LINE_SIZE` is 2048).
+pub const MAX_CMDLINE_BYTES: usize = 1024;
+
+/// Position of a file descriptor in the list that travels with the boot message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct FdSlot(pub u32);
+
+/// Name of a disk: its virtio-blk serial, by which the guest finds it. 1 to 20 bytes of `[a-z0-9_-]`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct DiskId(String);
+
+impl DiskId {
+    /// Checks and wraps a disk name.
+    ///
+    /// # Errors
+    /// [`SpecError::DiskId`] unless it is 1 to 20 bytes of `[a-z0-9_-]`.
+    pub fn new(id: impl Into<String>) -> Result<Self, SpecError> {
+        let id = id.into();
+        let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_' || b == b'-';
+        if id.is_empty() || id.len() > 20 || !id.bytes().all(plain) {
+            return Err(SpecError::DiskId(id));
+        }
+        Ok(Self(id))
+    }
+
+    /// The name.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for DiskId {
+    type Error = SpecError;
+    fn try_from(id: String) -> Result<Self, SpecError> {
+        Self::new(id)
+    }
+}
+
+impl From<DiskId> for String {
+    fn from(id: DiskId) -> Self {
+        id.0
+    }
+}
+
+/// One virtio-blk disk backed by a raw file or block device. The type is never guessed from content.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskSpec {
+    /// Serial of the disk.
+    pub id: DiskId,
+    /// The backing file. For a read-only disk it must have been opened read-only.
+    pub fd: FdSlot,
+    /// Whether writes are refused by the device (and by the descriptor).
+    pub read_only: bool,
+}
+
+/// One virtio-net interface on a TAP descriptor (opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetSpec {
+    /// The TAP descriptor.
+    pub fd: FdSlot,
+    /// Hardware address that the guest is told.
+    pub mac: [u8; 6],
+    /// Maximum transmission unit that the guest is told, bytes.
+    pub mtu: u16,
+}
+
+/// The vsock device. Host side: hybrid vsock, Unix stream sockets.
+///
+/// A host program connects to `uds_path`, writes `CONNECT <port>\n`, reads `OK <port>\n`, and then has a stream to that
+/// guest port. A guest connection to host port P arrives on the Unix listener `<uds_path>_<P>`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockSpec {
+    /// Context id of the guest, at least 3.
+    pub guest_cid: u32,
+    /// Path of the listening socket that the VMM creates.
+    pub uds_path: PathBuf,
+}
+
+/// One virtio-fs device whose queues are served by another process over vhost-user.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShareSpec {
+    /// Mount tag, 1 to 36 bytes of ASCII.
+    pub tag: String,
+    /// Connected Unix stream socket to the file server.
+    pub fd: FdSlot,
+}
+
+/// The memory balloon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonSpec {
+    /// Offer free page reporting, so that memory which the guest frees goes back to the host.
+    pub free_page_reporting: bool,
+}
+
+/// One virtio device. The machine is assembled by walking these in order; slot n gets MMIO window n and pin 5 + n.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum DeviceSpec {
+    /// virtio-blk.
+    Disk(DiskSpec),
+    /// virtio-net.
+    Net(NetSpec),
+    /// virtio-vsock.
+    Vsock(VsockSpec),
+    /// virtio-fs through vhost-user.
+    Share(ShareSpec),
+    /// virtio-balloon.
+    Balloon(BalloonSpec),
+    /// virtio-rng, fed from the host's `getrandom`.
+    Rng,
+    /// virtio-console, output only, to a descriptor.
+    Console {
+        /// Where the guest's output goes.
+        fd: FdSlot,
+    },
+}
+
+/// A machine, as it travels. [`VmSpec`] is its checked form.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct RawVmSpec {
+    vcpus: u8,
+    mem_mib: u32,
+    kernel: FdSlot,
+    initramfs: Option<FdSlot>,
+    cmdline: String,
+    serial: Option<FdSlot>,
+    devices: Vec<DeviceSpec>,
+}
+
+/// A machine that can be built: every invariant has been checked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "RawVmSpec", into = "RawVmSpec")]
+pub struct VmSpec {
+    vcpus: u8,
+    mem_mib: u32,
+    kernel: FdSlot,
+    initramfs: Option<FdSlot>,
+    cmdline: String,
+    serial: Option<FdSlot>,
+    devices: Vec<DeviceSpec>,
+}
+
+impl VmSpec {
+    /// A machine with no devices. `cmdline` must not name virtio devices: the VMM announces them itself.
+    ///
+    /// # Errors
+    /// The first [`SpecError`] found.
+    pub fn new(
+        vcpus: u8,
+        mem_mib: u32,
+        kernel: FdSlot,
+        cmdline: impl Into<String>,
+    ) -> Result<Self, SpecError> {
+        let cmdline = cmdline.into();
+        if vcpus == 0 || vcpus > MAX_VCPUS {
+            return Err(SpecError::Vcpus(vcpus));
+        }
+        if !(MIN_MEM_MIB..=MAX_MEM_MIB).contains(&mem_mib) {
+            return Err(SpecError::Memory(mem_mib));
+        }
+        if cmdline.len() > MAX_CMDLINE_BYTES {
+            return Err(SpecError::CmdlineLength(cmdline.len()));
+        }
+        if !cmdline.bytes().all(|b| (0x20..0x7f).contains(&b)) {
+            return Err(SpecError::CmdlineBytes);
+        }
+        Ok(Self { vcpus, mem_mib, kernel, initramfs: None, cmdline, serial: None, devices: Vec::new() })
+    }
+
+    /// Sets the initramfs.
+    #[must_use]
+    pub fn with_initramfs(mut self, fd: FdSlot) -> Self {
+        self.initramfs = Some(fd);
+        self
+    }
+
+    /// Sets where the bytes of the first serial port go; without it they are dropped.
+    #[must_use]
+    pub fn with_serial(mut self, fd: FdSlot) -> Self {
+        self.serial = Some(fd);
+        self
+    }
+
+    /// Adds a device in the next free slot.
+    ///
+    /// # Errors
+    /// When the slots are used up, or the device clashes with one that is there.
+    pub fn with_device(mut self, device: DeviceSpec) -> Result<Self, SpecError> {
+        self.devices.push(device);
+        check_devices(&self.devices)?;
+        Ok(self)
+    }
+
+    /// Virtual processors, 1 to [`MAX_VCPUS`].
+    #[must_use]
+    pub fn vcpus(&self) -> u8 {
+        self.vcpus
+    }
+    /// Guest memory, MiB.
+    #[must_use]
+    pub fn mem_mib(&self) -> u32 {
+        self.mem_mib
+    }
+    /// The kernel, an uncompressed ELF vmlinux.
+    #[must_use]
+    pub fn kernel(&self) -> FdSlot {
+        self.kernel
+    }
+    /// The initramfs.
+    #[must_use]
+    pub fn initramfs(&self) -> Option<FdSlot> {
+        self.initramfs
+    }
+    /// Kernel command line without the device entries.
+    #[must_use]
+    pub fn cmdline(&self) -> &str {
+        &self.cmdline
+    }
+    /// Where serial output goes.
+    #[must_use]
+    pub fn serial(&self) -> Option<FdSlot> {
+        self.serial
+    }
+    /// The devices, in slot order.
+    #[must_use]
+    pub fn devices(&self) -> &[DeviceSpec] {
+        &self.devices
+    }
+}
+
+fn check_devices(devices: &[DeviceSpec]) -> Result<(), SpecError> {
+    if devices.len() > MAX_DEVICES {
+        return Err(SpecError::TooManyDevices(devices.len()));
+    }
+    let mut names = HashSet::new();
+    let mut single = HashSet::new();
+    for device in devices {
+        match device {
+            DeviceSpec::Disk(d) if !names.insert(d.id.as_str()) => {
+                return Err(SpecError::DuplicateName(d.id.as_str().to_owned()));
+            }
+            DeviceSpec::Share(s) => {
+                if s.tag.is_empty() || s.tag.len() > 36 || !s.tag.is_ascii() {
+                    return Err(SpecError::ShareTag(s.tag.clone()));
+                }
+                if !names.insert(s.tag.as_str()) {
+                    return Err(SpecError::DuplicateName(s.tag.clone()));
+                }
+            }
+            DeviceSpec::Vsock(v) if v.guest_cid < 3 => return Err(SpecError::GuestCid(v.guest_cid)),
+            _ => {}
+        }
+        let kind = std::mem::discriminant(device);
+        let many = matches!(device, DeviceSpec::Disk(_) | DeviceSpec::Share(_) | DeviceSpec::Net(_));
+        if !many && !single.insert(kind) {
+            return Err(SpecError::SecondOfItsKind);
+        }
+    }
+    Ok(())
+}
+
+impl TryFrom<RawVmSpec> for VmSpec {
+    type Error = SpecError;
+    fn try_from(raw: RawVmSpec) -> Result<Self, SpecError> {
+        let mut spec = Self::new(raw.vcpus, raw.mem_mib, raw.kernel, raw.cmdline)?;
+        check_devices(&raw.devices)?;
+        spec.initramfs = raw.initramfs;
+        spec.serial = raw.serial;
+        spec.devices = raw.devices;
+        Ok(spec)
+    }
+}
+
+impl From<VmSpec> for RawVmSpec {
+    fn from(s: VmSpec) -> Self {
+        Self {
+            vcpus: s.vcpus,
+            mem_mib: s.mem_mib,
+            kernel: s.kernel,
+            initramfs: s.initramfs,
+            cmdline: s.cmdline,
+            serial: s.serial,
+            devices: s.devices,
+        }
+    }
+}
+
+/// Which invariant of a [`VmSpec`] was broken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SpecError {
+    /// Processor count out of range.
+    #[error("{0} vCPUs asked for: give 1 to {MAX_VCPUS}")]
+    Vcpus(u8),
+    /// Memory out of range.
+    #[error("{0} MiB of memory asked for: give {MIN_MEM_MIB} to {MAX_MEM_MIB}")]
+    Memory(u32),
+    /// Command line too long.
+    #[error("kernel command line of {0} bytes: at most {MAX_CMDLINE_BYTES}")]
+    CmdlineLength(usize),
+    /// Command line with control or non-ASCII bytes.
+    #[error("kernel command line has bytes outside printable ASCII")]
+    CmdlineBytes,
+    /// Too many devices.
+    #[error("{0} devices asked for: at most {MAX_DEVICES}")]
+    TooManyDevices(usize),
+    /// Bad disk name.
+    #[error("disk name {0:?}: give 1 to 20 characters of a-z, 0-9, '_' and '-'")]
+    DiskId(String),
+    /// Bad share tag.
+    #[error("share tag {0:?}: give 1 to 36 ASCII characters")]
+    ShareTag(String),
+    /// Two disks or shares with one name.
+    #[error("two devices are named {0:?}")]
+    DuplicateName(String),
+    /// Two of a device that comes once.
+    #[error("a second vsock, balloon, rng or console device was asked for")]
+    SecondOfItsKind,
+    /// Reserved context id.
+    #[error("guest context id {0}: give 3 or more")]
+    GuestCid(u32),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk(id: &str) -> DeviceSpec {
+        DeviceSpec::Disk(DiskSpec { id: DiskId::new(id).unwrap(), fd: FdSlot(1), read_only: true })
+    }
+
+    #[test]
+    fn spec_survives_the_wire() {
+        let spec = VmSpec::new(2, 256, FdSlot(0), "quiet").unwrap().with_device(disk("image")).unwrap();
+        let text = serde_json::to_string(&spec).unwrap();
+        assert_eq!(serde_json::from_str::<VmSpec>(&text).unwrap(), spec);
+    }
+
+    #[test]
+    fn each_invariant_is_checked_on_the_wire_too() {
+        let spec = VmSpec::new(1, 256, FdSlot(0), "quiet").unwrap();
+        let text = serde_json::to_string(&spec).unwrap();
+        for (from, to) in [("\"vcpus\":1", "\"vcpus\":33"), ("256", "1"), ("quiet", "qui\\net")] {
+            assert!(serde_json::from_str::<VmSpec>(&text.replace(from, to)).is_err(), "{to}");
+        }
+    }
+
+    #[test]
+    fn names_are_unique_and_slots_end() {
+        let spec = VmSpec::new(1, 256, FdSlot(0), "").unwrap().with_device(disk("a")).unwrap();
+        assert_eq!(spec.clone().with_device(disk("a")), Err(SpecError::DuplicateName("a".into())));
+        let mut spec = spec;
+        for n in 1..MAX_DEVICES {
+            spec = spec.with_device(disk(&format!("d{n}"))).unwrap();
+        }
+        assert_eq!(spec.with_device(disk("last")), Err(SpecError::TooManyDevices(MAX_DEVICES + 1)));
+    }
+
+    #[test]
+    fn disk_names_are_plain() {
+        for bad in ["", "A", "a b", "123456789012345678901", "é"] {
+            assert!(DiskId::new(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,8 @@
+//! What depends on the processor architecture. x86_64 only, for now; everything outside this folder is neutral.
+
+mod x86_64;
+
+pub(crate) use x86_64::{
+    BootError, DEVICE_WINDOWS, FIRST_DEVICE_IRQ, KernelError, SERIAL_IRQ, SERIAL_PORT, announce_devices,
+    load_initramfs, load_kernel, memory_ranges, ports, write_boot_data,
+};

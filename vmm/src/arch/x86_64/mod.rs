@@ -1,0 +1,11 @@
+//! x86_64: memory layout and everything that Linux wants to find in memory when it starts (64-bit boot protocol).
+
+mod boot_data;
+mod kernel;
+mod layout;
+mod mp_table;
+
+pub(crate) use boot_data::{BootError, announce_devices, write_boot_data};
+use kernel::LoadedKernel;
+pub(crate) use kernel::{KernelError, load_initramfs, load_kernel};
+pub(crate) use layout::{DEVICE_WINDOWS, FIRST_DEVICE_IRQ, SERIAL_IRQ, SERIAL_PORT, memory_ranges, ports};

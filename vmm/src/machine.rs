@@ -1,0 +1,251 @@
+//! From a spec and its descriptors to a running machine: one function that walks the spec's devices.
+
+use std::fs::File;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, TryLockError};
+
+use hyper_vmm_devices::balloon::{Balloon, BalloonTarget, MemfdPages};
+use hyper_vmm_devices::blk::{Blk, BlkError};
+use hyper_vmm_devices::console::Console;
+use hyper_vmm_devices::device::{EventLoop, GuestMem, VirtioDevice};
+use hyper_vmm_devices::fs::{FsError, VhostUserFs};
+use hyper_vmm_devices::legacy::{I8042, LifecyclePort, LineLog, SerialPort};
+use hyper_vmm_devices::net::{Net, NetError};
+use hyper_vmm_devices::output::Output;
+use hyper_vmm_devices::rng::{HostEntropy, Rng};
+use hyper_vmm_devices::transport::{MmioTransport, QUEUE_NOTIFY, WINDOW_BYTES};
+use hyper_vmm_devices::vsock::Vsock;
+use hyper_vmm_hv::{Entry, HvError, Hypervisor, Machine as KvmMachine};
+use hyper_vmm_spec::control::{LIFECYCLE_PORT, Metrics};
+use hyper_vmm_spec::{BalloonSpec, DeviceSpec, DiskSpec, NetSpec, ShareSpec, VmSpec, VsockSpec};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::arch::{self, BootError, DEVICE_WINDOWS, FIRST_DEVICE_IRQ, KernelError, SERIAL_IRQ, SERIAL_PORT};
+use crate::bus::{Bus, Window};
+use crate::life::{Ending, Life, Mark};
+use crate::memory::{self, MemoryError};
+use crate::socket::{Descriptors, MissingDescriptor};
+use crate::vcpus::{StartError, Vcpus};
+
+/// Why a machine could not be built; one line with its causes.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BuildError {
+    #[error(transparent)]
+    Kvm(#[from] HvError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    #[error(transparent)]
+    Descriptor(#[from] MissingDescriptor),
+    #[error(transparent)]
+    Start(#[from] StartError),
+    #[error("the thread that builds the machine has died")]
+    Builder,
+    #[error("cannot make an event descriptor")]
+    EventFd(#[source] std::io::Error),
+    #[error("disk {id}")]
+    Disk {
+        id: String,
+        #[source]
+        source: BlkError,
+    },
+    #[error("network interface")]
+    Net(#[source] NetError),
+    #[error("share {tag}")]
+    Share {
+        tag: String,
+        #[source]
+        source: FsError,
+    },
+    #[error("vsock socket {path}")]
+    Vsock {
+        path: String,
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// A running machine, as the main thread sees it.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    pub(crate) vcpus: Vcpus,
+    /// Kept because KVM forgets all interrupt routes when this is closed, even while vCPUs run.
+    _kvm: KvmMachine,
+    pub(crate) windows: Vec<Window>,
+    pub(crate) balloon: Option<BalloonTarget>,
+    pub(crate) serial: Arc<Mutex<LineLog>>,
+}
+
+impl Machine {
+    /// Counters of all devices, or `None` while a vCPU thread is busy with one of them.
+    pub(crate) fn metrics(&self) -> Option<Metrics> {
+        let mut metrics = Metrics { vm_exits: self.vcpus.exits(), devices: Vec::new() };
+        for window in &self.windows {
+            let device = match window.try_lock() {
+                Ok(device) => device,
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) => return None,
+            };
+            let counters =
+                device.counters().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+            metrics.devices.push((device.name().to_owned(), counters));
+        }
+        Some(metrics)
+    }
+}
+
+/// Builds the machine that `spec` describes and starts it. When this fails, nothing is left.
+pub(crate) fn start(
+    spec: &VmSpec,
+    mut fds: Descriptors,
+    event_loop: &Arc<dyn EventLoop>,
+    life: &Arc<Life>,
+) -> Result<Machine, BuildError> {
+    let ranges = arch::memory_ranges(u64::from(spec.mem_mib()) << 20);
+    let mem = memory::create(spec.mem_mib(), &ranges)?;
+    let (entry, kvm) = std::thread::scope(|scope| {
+        // KVM_CREATE_VM waits for the host's kernel (grace periods: 10 ms and more); the kernel is loaded meanwhile.
+        let kvm = scope.spawn(|| Hypervisor::open()?.create_machine(Arc::clone(&mem), spec.vcpus()));
+        let entry = load(spec, &mut fds, &mem);
+        (entry, kvm.join())
+    });
+    let entry = entry?;
+    // A panic has ended the process before it could end the thread.
+    let kvm = kvm.map_err(|_| BuildError::Builder)??;
+
+    let serial_output = spec.serial().map(|slot| fds.take(slot, "the serial port")).transpose()?;
+    let serial = Arc::new(Mutex::new(LineLog::new(serial_output.map(Output::new))));
+    let mut bus = Bus::default();
+    add_legacy_devices(&mut bus, &kvm, &serial, life)?;
+
+    let mut builder = DeviceBuilder { fds, mem, balloon: None };
+    let mut windows = Vec::new();
+    for (device, (address, irq)) in spec.devices().iter().zip(slots()) {
+        let device = builder.build(device)?;
+        let window = place(device, &builder.mem, &kvm, event_loop, address, irq)?;
+        bus.add_window(Arc::clone(&window));
+        windows.push(window);
+    }
+
+    let vcpus = (0..spec.vcpus()).map(|index| kvm.create_vcpu(index)).collect::<Result<Vec<_>, _>>()?;
+    if let Some(first) = vcpus.first() {
+        first.set_entry(&entry)?;
+    }
+    life.mark(Mark::Built);
+    let vcpus = Vcpus::start(vcpus, &Arc::new(bus), life)?;
+    Ok(Machine { vcpus, _kvm: kvm, windows, balloon: builder.balloon, serial })
+}
+
+/// Address and interrupt of each device slot.
+fn slots() -> impl Iterator<Item = (u64, u32)> {
+    (0..).map(|n| DEVICE_WINDOWS + n * WINDOW_BYTES).zip(FIRST_DEVICE_IRQ..)
+}
+
+/// Kernel, initramfs and boot data into guest memory.
+fn load(spec: &VmSpec, fds: &mut Descriptors, mem: &GuestMem) -> Result<Entry, BuildError> {
+    let kernel_file = File::from(fds.take(spec.kernel(), "the kernel")?);
+    let kernel = arch::load_kernel(mem, &kernel_file)?;
+    let initramfs = match spec.initramfs() {
+        Some(slot) => {
+            let file = File::from(fds.take(slot, "the initramfs")?);
+            Some(arch::load_initramfs(mem, &file, &kernel)?)
+        }
+        None => None,
+    };
+    let cmdline = arch::announce_devices(spec.cmdline(), spec.devices().len());
+    Ok(arch::write_boot_data(mem, spec.vcpus(), &cmdline, &kernel, initramfs)?)
+}
+
+fn add_legacy_devices(
+    bus: &mut Bus,
+    kvm: &KvmMachine,
+    serial: &Arc<Mutex<LineLog>>,
+    life: &Arc<Life>,
+) -> Result<(), BuildError> {
+    let irq = event_fd()?;
+    kvm.route_interrupt(&irq, SERIAL_IRQ)?;
+    bus.add_ports(SERIAL_PORT, SerialPort::PORTS, SerialPort::new(irq, Arc::clone(serial)));
+    let to_end = Arc::clone(life);
+    bus.add_ports(arch::ports::I8042, I8042::PORTS, I8042::new(move || to_end.end(Ending::Reset)));
+    let to_tell = Arc::clone(life);
+    bus.add_ports(LIFECYCLE_PORT, 1, LifecyclePort::new(move |step| to_tell.guest_step(step)));
+    Ok(())
+}
+
+fn event_fd() -> Result<EventFd, BuildError> {
+    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(BuildError::EventFd)
+}
+
+/// Puts a device behind its window and wires its interrupt and doorbells.
+fn place(
+    device: Box<dyn VirtioDevice>,
+    mem: &GuestMem,
+    kvm: &KvmMachine,
+    event_loop: &Arc<dyn EventLoop>,
+    address: u64,
+    irq: u32,
+) -> Result<Window, BuildError> {
+    let line = event_fd()?;
+    kvm.route_interrupt(&line, irq)?;
+    let transport = MmioTransport::new(device, Arc::clone(mem), line, Arc::clone(event_loop))
+        .map_err(BuildError::EventFd)?;
+    for (queue, kick) in (0..).zip(transport.queue_kicks()) {
+        kvm.signal_on_write(kick, address + QUEUE_NOTIFY, queue)?;
+    }
+    Ok(Arc::new(Mutex::new(transport)))
+}
+
+/// One small constructor per kind of device.
+struct DeviceBuilder {
+    fds: Descriptors,
+    mem: GuestMem,
+    balloon: Option<BalloonTarget>,
+}
+
+impl DeviceBuilder {
+    fn build(&mut self, device: &DeviceSpec) -> Result<Box<dyn VirtioDevice>, BuildError> {
+        match device {
+            DeviceSpec::Disk(disk) => self.disk(disk),
+            DeviceSpec::Net(net) => self.net(net),
+            DeviceSpec::Vsock(vsock) => Self::vsock(vsock),
+            DeviceSpec::Share(share) => self.share(share),
+            DeviceSpec::Balloon(balloon) => Ok(self.balloon(*balloon)),
+            DeviceSpec::Rng => Ok(Box::new(Rng::new(HostEntropy))),
+            DeviceSpec::Console { fd } => {
+                let output = Output::new(self.fds.take(*fd, "the console")?);
+                Ok(Box::new(Console::new(output)))
+            }
+        }
+    }
+
+    fn disk(&mut self, disk: &DiskSpec) -> Result<Box<dyn VirtioDevice>, BuildError> {
+        let file = File::from(self.fds.take(disk.fd, "a disk")?);
+        let failed = |source| BuildError::Disk { id: disk.id.as_str().to_owned(), source };
+        Ok(Box::new(Blk::new(&disk.id, file, disk.read_only).map_err(failed)?))
+    }
+
+    fn vsock(vsock: &VsockSpec) -> Result<Box<dyn VirtioDevice>, BuildError> {
+        let failed = |source| BuildError::Vsock { path: vsock.uds_path.display().to_string(), source };
+        Ok(Box::new(Vsock::new(vsock.guest_cid, &vsock.uds_path).map_err(failed)?))
+    }
+
+    fn net(&mut self, net: &NetSpec) -> Result<Box<dyn VirtioDevice>, BuildError> {
+        let tap = self.fds.take(net.fd, "a network interface")?;
+        Ok(Box::new(Net::new(tap, net.mac, net.mtu).map_err(BuildError::Net)?))
+    }
+
+    fn share(&mut self, share: &ShareSpec) -> Result<Box<dyn VirtioDevice>, BuildError> {
+        let socket = UnixStream::from(self.fds.take(share.fd, "a share")?);
+        let failed = |source| BuildError::Share { tag: share.tag.clone(), source };
+        Ok(Box::new(VhostUserFs::new(&share.tag, socket).map_err(failed)?))
+    }
+
+    fn balloon(&mut self, spec: BalloonSpec) -> Box<dyn VirtioDevice> {
+        let balloon = Balloon::new(MemfdPages(Arc::clone(&self.mem)), spec.free_page_reporting);
+        self.balloon = Some(balloon.target());
+        Box::new(balloon)
+    }
+}

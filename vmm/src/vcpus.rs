@@ -1,0 +1,146 @@
+//! One thread per virtual processor, and the gate at which all of them can be stopped.
+//!
+//! ```text
+//!  Running --pause: flag and signal to each--> Pausing --last one parks: Notice::AllParked--> Paused --resume--> Running
+//! ```
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use hyper_vmm_hv::{Exit, Kicker, Vcpu, kick_signal};
+use vmm_sys_util::signal::Killable;
+
+use crate::bus::Bus;
+use crate::life::{Ending, Life, Mark, Notice};
+
+#[derive(Debug, Default)]
+struct Wish {
+    pause: bool,
+    parked: usize,
+}
+
+/// What the threads share with the main thread.
+#[derive(Debug)]
+struct Gate {
+    wish: Mutex<Wish>,
+    resumed: Condvar,
+    kickers: Vec<Kicker>,
+    exits: AtomicU64,
+    life: Arc<Life>,
+}
+
+impl Gate {
+    /// Called by a vCPU thread that was kicked: stays as long as a pause is wished for. Returns whether it stayed.
+    fn pass(&self, index: usize) -> bool {
+        let mut wish = self.wish.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kicker) = self.kickers.get(index) {
+            kicker.set(false);
+        }
+        if !wish.pause {
+            return false;
+        }
+        wish.parked += 1;
+        if wish.parked == self.kickers.len() {
+            self.life.post(Notice::AllParked);
+        }
+        while wish.pause {
+            wish = self.resumed.wait(wish).unwrap_or_else(PoisonError::into_inner);
+        }
+        wish.parked -= 1;
+        true
+    }
+}
+
+/// The running processors.
+#[derive(Debug)]
+pub(crate) struct Vcpus {
+    gate: Arc<Gate>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Vcpus {
+    /// Starts all of `vcpus`, the one that boots last, so that nobody waits for a thread.
+    pub(crate) fn start(vcpus: Vec<Vcpu>, bus: &Arc<Bus>, life: &Arc<Life>) -> Result<Self, StartError> {
+        hyper_vmm_hv::install_kick_signal()?;
+        let kickers = vcpus.iter().map(Vcpu::kicker).collect::<Result<_, _>>()?;
+        let gate = Arc::new(Gate {
+            wish: Mutex::default(),
+            resumed: Condvar::new(),
+            kickers,
+            exits: AtomicU64::new(0),
+            life: Arc::clone(life),
+        });
+        let mut threads = Vec::new();
+        for vcpu in vcpus.into_iter().rev() {
+            let (gate, bus) = (Arc::clone(&gate), Arc::clone(bus));
+            let name = format!("vcpu{}", vcpu.index());
+            let thread = std::thread::Builder::new().name(name).spawn(move || run(vcpu, &gate, &bus));
+            threads.push(thread.map_err(StartError::Thread)?);
+        }
+        Ok(Self { gate, threads })
+    }
+
+    /// Asks all processors to stop; [`Notice::AllParked`] comes when they have.
+    pub(crate) fn pause(&self) {
+        let mut wish = self.gate.wish.lock().unwrap_or_else(PoisonError::into_inner);
+        wish.pause = true;
+        for kicker in &self.gate.kickers {
+            kicker.set(true);
+        }
+        drop(wish);
+        for thread in &self.threads {
+            // Fails for a thread that has ended, and then the machine is ending too.
+            let _thread_gone = thread.kill(kick_signal());
+        }
+    }
+
+    /// Lets all processors go on.
+    pub(crate) fn resume(&self) {
+        self.gate.wish.lock().unwrap_or_else(PoisonError::into_inner).pause = false;
+        self.gate.resumed.notify_all();
+    }
+
+    /// Exits to this process so far, all processors.
+    pub(crate) fn exits(&self) -> u64 {
+        self.gate.exits.load(Ordering::Relaxed)
+    }
+}
+
+/// Why the processors could not be started.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StartError {
+    #[error(transparent)]
+    Kvm(#[from] hyper_vmm_hv::HvError),
+    #[error("cannot start a vCPU thread")]
+    Thread(#[source] io::Error),
+}
+
+/// The life of one processor.
+fn run(mut vcpu: Vcpu, gate: &Gate, bus: &Bus) {
+    let index = usize::from(vcpu.index());
+    if index == 0 {
+        gate.life.mark(Mark::Entered);
+    }
+    while !gate.life.has_ended() {
+        let exit = vcpu.run();
+        gate.exits.fetch_add(1, Ordering::Relaxed);
+        match exit {
+            Exit::PortWrite(port, data) => bus.port_write(port, data),
+            Exit::PortRead(port, data) => bus.port_read(port, data),
+            Exit::MmioWrite(address, data) => bus.mmio_write(address, data),
+            Exit::MmioRead(address, data) => bus.mmio_read(address, data),
+            Exit::Again => {}
+            Exit::Kicked => {
+                if gate.pass(index) {
+                    vcpu.was_stopped();
+                }
+            }
+            Exit::Fault(fault) => {
+                let fault = vcpu.explain(fault);
+                gate.life.end(Ending::Fault(format!("{fault} on vCPU {index}")));
+            }
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! Everything that is shipped, built and put where `hyper` looks for its parts.
+//!
+//! ```text
+//! <target>/hyper/bin/hyper
+//!                libexec/hyper/{hyper-vmm,hyper-fs}
+//!                share/hyper/{vmlinux,initramfs.cpio}
+//! ```
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::cache;
+use crate::command;
+use crate::setup::STATIC_TARGET;
+use crate::{kernel, rootfs};
+
+const HOST_PACKAGES: [&str; 3] = ["hyper-cli", "hyper-vmm", "hyper-fileserver"];
+
+/// Where the parts are after a build.
+pub(crate) struct Product {
+    pub(crate) prefix: PathBuf,
+}
+
+impl Product {
+    pub(crate) fn hyper(&self) -> PathBuf {
+        self.prefix.join("bin/hyper")
+    }
+}
+
+/// What the last build left.
+pub(crate) fn installed() -> Result<Product> {
+    let prefix = cache::target_dir()?.join("hyper");
+    anyhow::ensure!(prefix.join("bin/hyper").is_file(), "nothing is installed in {}", prefix.display());
+    Ok(Product { prefix })
+}
+
+/// Builds what has changed and installs it.
+pub(crate) fn build() -> Result<Product> {
+    let vmlinux = kernel::build()?;
+    let target = cache::target_dir()?;
+    crate::say("build: programs");
+    let mut host = cargo()?;
+    host.args(["build", "--release"]);
+    for package in HOST_PACKAGES {
+        host.args(["--package", package]);
+    }
+    command::run(&mut host)?;
+    command::run(cargo()?.args([
+        "build",
+        "--release",
+        "--package",
+        "hyper-agent",
+        "--target",
+        STATIC_TARGET,
+    ]))?;
+    let initramfs = rootfs::build(&target.join(STATIC_TARGET).join("release/hyper-agent"))?;
+
+    let prefix = target.join("hyper");
+    let _lock = cache::lock("install")?;
+    let release = target.join("release");
+    for (from, to) in [
+        (release.join("hyper"), "bin/hyper"),
+        (release.join("hyper-vmm"), "libexec/hyper/hyper-vmm"),
+        (release.join("hyper-fs"), "libexec/hyper/hyper-fs"),
+        (vmlinux, "share/hyper/vmlinux"),
+        (initramfs, "share/hyper/initramfs.cpio"),
+    ] {
+        install_changed(&from, &prefix.join(to))?;
+    }
+    Ok(Product { prefix })
+}
+
+/// Cargo in this clone, with the target folder that we look in.
+pub(crate) fn cargo() -> Result<Command> {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.env("CARGO_TARGET_DIR", cache::target_dir()?).current_dir(cache::root());
+    Ok(command)
+}
+
+fn install_changed(from: &Path, to: &Path) -> Result<()> {
+    let same = std::fs::read(to).is_ok_and(|old| std::fs::read(from).is_ok_and(|new| old == new));
+    if same { Ok(()) } else { cache::install(from, to) }
+}

@@ -64,9 +64,9 @@ impl Container {
     pub(crate) async fn create(
         id: &str,
         reaper: &Reaper,
-        plan: CreatePlan,
+        mut plan: CreatePlan,
         connections: Connections,
-        cgroup: Cgroup,
+        (cgroup, pid_namespace): (Cgroup, Option<&Self>),
     ) -> Result<Arc<Self>, AgentError> {
         let template = Template {
             capabilities: plan.process.capabilities.clone(),
@@ -77,7 +77,9 @@ impl Container {
         };
         let terminal = plan.process.terminal.is_some();
         let (connections, stdio, ends) = split(connections, terminal)?;
-        let spawned = Spawned::start(reaper, &Plan::Create(Box::new(plan)), stdio, &[]).await?;
+        let join: Vec<_> = pid_namespace.iter().map(|other| other.pidfd.as_fd()).collect();
+        plan.pid_namespace = join.first().map_or(-1, AsRawFd::as_raw_fd);
+        let spawned = Spawned::start(reaper, &Plan::Create(Box::new(plan)), stdio, &join).await?;
         let created = spawned.created(reaper).await?;
         let (pidfd, mount_namespace, root) = handles(created.pid)?;
         let process = Process::adopt(reaper, created, connections, ends, cgroup.clone())?;

@@ -48,6 +48,10 @@ pub(crate) struct CreatePlan {
     pub cgroup: String,
     pub hostname: String,
     pub domainname: String,
+    /// Inherited descriptor: pidfd of the process whose pid namespace is joined; -1: a new one.
+    pub pid_namespace: i32,
+    /// Tag and path of the share that is the root, instead of the disks.
+    pub root_share: Option<(String, String)>,
     /// Serial of the image disk.
     pub image_disk: String,
     /// Serial of the writable disk; empty: tmpfs.

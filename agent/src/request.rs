@@ -2,7 +2,7 @@
 
 use hyper_protocol::MAX_INJECTED_FILE_BYTES;
 use hyper_protocol::rpc::agent::{
-    CreateContainerRequest, CreateProcessRequest, InjectedFile, Mount, Stdio, mount,
+    CreateContainerRequest, CreateProcessRequest, InjectedFile, Mount, ShareSource, Stdio, mount,
 };
 
 use crate::cgroup::{Cgroup, device};
@@ -83,7 +83,10 @@ pub(crate) fn create_plan(
     cgroup: &Cgroup,
 ) -> Result<CreatePlan, AgentError> {
     check_user(&request.user, &request.additional_groups)?;
-    check_serial(&request.rootfs.image_disk)?;
+    let root_share = request.rootfs.share.clone().into_option().map(share).transpose()?;
+    if root_share.is_none() {
+        check_serial(&request.rootfs.image_disk)?;
+    }
     if !request.rootfs.writable_disk.is_empty() {
         check_serial(&request.rootfs.writable_disk)?;
     }
@@ -98,6 +101,8 @@ pub(crate) fn create_plan(
         cgroup: cgroup.path().display().to_string(),
         hostname: spec.hostname,
         domainname: spec.domainname,
+        pid_namespace: -1,
+        root_share,
         image_disk: request.rootfs.image_disk.clone(),
         writable_disk: request.rootfs.writable_disk.clone(),
         root_read_only: spec.root.readonly,
@@ -121,15 +126,21 @@ pub(crate) fn create_plan(
     })
 }
 
+/// Tag and path, checked.
+fn share(share: ShareSource) -> Result<(String, String), AgentError> {
+    if share.tag.is_empty() || share.tag.len() > MAX_TAG_BYTES || share.tag.contains('\0') {
+        return Err(AgentError::invalid(format!("share tag {:?}", share.tag)));
+    }
+    absolute("path of a share", &format!("/{}", share.path))?;
+    Ok((share.tag, share.path))
+}
+
 fn volume(mount: Mount) -> Result<Volume, AgentError> {
     absolute("mount destination", &mount.destination)?;
     let source = match mount.source {
-        Some(mount::Source::Share(share)) => {
-            if share.tag.is_empty() || share.tag.len() > MAX_TAG_BYTES || share.tag.contains('\0') {
-                return Err(AgentError::invalid(format!("share tag {:?}", share.tag)));
-            }
-            absolute("path of a share", &format!("/{}", share.path))?;
-            VolumeSource::Share { tag: share.tag, path: share.path }
+        Some(mount::Source::Share(from)) => {
+            let (tag, path) = share(from)?;
+            VolumeSource::Share { tag, path }
         }
         Some(mount::Source::Tmpfs(tmpfs)) => {
             VolumeSource::Tmpfs { size_bytes: tmpfs.size_bytes, mode: tmpfs.mode, noexec: tmpfs.noexec }
@@ -190,7 +201,7 @@ pub(crate) fn process_plan(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use hyper_protocol::rpc::agent::{ShareSource, TmpfsSource};
+    use hyper_protocol::rpc::agent::TmpfsSource;
 
     #[test]
     fn a_terminal_has_one_output() {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use hyper_protocol::rpc::agent::{
-    ArchiveRequest, ArchiveResponse, ConfigureRequest, ConfigureResponse, ContainerRef,
+    ArchiveRequest, ArchiveResponse, ConfigureNetworkRequest, ConfigureRequest, ConfigureResponse, ContainerRef,
     CreateContainerRequest, CreateContainerResponse, CreateProcessRequest, CreateProcessResponse, Empty,
     ExitStatus, ListProcessesResponse, NextEventsRequest, NextEventsResponse, PathStat, ProcessRef,
     ResizeTerminalRequest, SandboxEvent, SignalProcessRequest, StartProcessResponse, StatPathRequest,
@@ -115,9 +115,15 @@ impl AgentService {
         let mut guard = CgroupGuard(Some(cgroup.clone()));
         let devices = request::device_rules(&spec);
         let ids = [request.stdio.stdin, request.stdio.stdout, request.stdio.stderr];
+        let shared_pids = match request.pid_namespace_of.as_str() {
+            "" => None,
+            other => Some(self.sandbox.container(other)?),
+        };
         let plan = request::create_plan(request, spec, &cgroup)?;
         let connections = Connections::claim(&self.sandbox.streams, ids).await?;
-        let container = Container::create(&id, &self.sandbox.reaper, plan, connections, cgroup).await?;
+        let surroundings = (cgroup, shared_pids.as_deref());
+        let container =
+            Container::create(&id, &self.sandbox.reaper, plan, connections, surroundings).await?;
         // Only now: until here its first process has opened disks, which the program to come must not.
         container.cgroup().allow_devices(&devices)?;
         container.watch_memory(&self.sandbox.events);
@@ -233,6 +239,10 @@ fn done(result: Result<(), AgentError>) -> ttrpc::Result<Empty> {
 impl Agent for AgentService {
     async fn configure(&self, _: &TtrpcContext, r: ConfigureRequest) -> ttrpc::Result<ConfigureResponse> {
         Ok(self.set_up(r).await?)
+    }
+
+    async fn configure_network(&self, _: &TtrpcContext, r: ConfigureNetworkRequest) -> ttrpc::Result<Empty> {
+        done(net::configure::apply_all(&r.interfaces, &r.routes, &r.neighbours))
     }
 
     async fn create_container(

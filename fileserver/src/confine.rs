@@ -155,7 +155,7 @@ fn clone_share(share: &ShareSpec) -> Result<OwnedFd, ConfineError> {
         .map_err(io::Error::from)
         .map_err(failed("no such mount can be made"))?;
     let read_only = if share.read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
-    sys::set_mount_attributes(tree.as_fd(), HARMLESS | read_only)
+    sys::set_mount_attributes(tree.as_fd(), HARMLESS | read_only, share.live)
         .map_err(failed("its mount cannot be restricted"))?;
     Ok(tree)
 }

@@ -22,6 +22,9 @@ pub(crate) struct ShareSpec {
     pub(crate) source: PathBuf,
     /// Whether the host's kernel refuses writes.
     pub(crate) read_only: bool,
+    /// What the host mounts below it later appears to the guest as well, with the attributes that the host gave that mount.
+    #[serde(default)]
+    pub(crate) live: bool,
 }
 
 /// The argument, as it travels. [`FileServerSpec`] is its checked form.
@@ -112,7 +115,7 @@ mod tests {
     #[test]
     fn shares_are_read() {
         let spec = args(&["--spec", &share("0", "/srv/data")]).unwrap();
-        let expected = ShareSpec { name: "0".into(), source: "/srv/data".into(), read_only: true };
+        let expected = ShareSpec { name: "0".into(), source: "/srv/data".into(), read_only: true, live: false };
         assert_eq!(spec.shares(), [expected]);
     }
 

@@ -24,9 +24,11 @@ pub(crate) fn unshare_namespaces() -> io::Result<()> {
     Ok(())
 }
 
-/// Sets attributes on the mount that `mount` refers to and on all mounts below it.
-pub(crate) fn set_mount_attributes(mount: BorrowedFd<'_>, attributes: u64) -> io::Result<()> {
-    let attr = MountAttr { attr_set: attributes, attr_clr: 0, propagation: libc::MS_PRIVATE, userns_fd: 0 };
+/// Sets attributes on the mount that `mount` refers to and on all mounts below it. A live one follows what its original has mounted
+/// and unmounted.
+pub(crate) fn set_mount_attributes(mount: BorrowedFd<'_>, attributes: u64, live: bool) -> io::Result<()> {
+    let propagation = if live { libc::MS_SLAVE } else { libc::MS_PRIVATE };
+    let attr = MountAttr { attr_set: attributes, attr_clr: 0, propagation, userns_fd: 0 };
     let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
     // SAFETY: the path is a C string and `attr` a `struct mount_attr` of the size given; both outlive the call, which writes
     // to neither.

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use rustix::fs::Mode;
 use rustix::mount::{MountAttrFlags, MountPropagationFlags, mount_change};
 use rustix::process::DumpableBehavior;
-use rustix::thread::UnshareFlags;
+use rustix::thread::{ThreadNameSpaceType, UnshareFlags};
 
 use super::launch::Created;
 use super::path::{self, Missing};
@@ -15,9 +15,9 @@ use crate::error::{AgentError, Tried};
 use crate::plan::{CreatePlan, Report};
 use crate::sys::{self, Fork};
 
-/// Everything but the network, which is the sandbox's, and users, which the machine isolates.
+/// Everything but the network, which is the sandbox's, users, which the machine isolates, and processes, which can be another
+/// container's.
 const NAMESPACES: UnshareFlags = UnshareFlags::NEWNS
-    .union(UnshareFlags::NEWPID)
     .union(UnshareFlags::NEWIPC)
     .union(UnshareFlags::NEWUTS)
     .union(UnshareFlags::NEWCGROUP);
@@ -31,7 +31,14 @@ pub(crate) fn run(control: &UnixStream, plan: CreatePlan) -> Result<Outcome, Age
     set_oom_score_adj(plan.process.process.oom_score_adj)?;
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .tried(|| "become undumpable".to_owned())?;
-    unshare()?;
+    if plan.pid_namespace >= 0 {
+        let other = sys::take_inherited_fd(plan.pid_namespace).tried(|| "take a container's pidfd".to_owned())?;
+        rustix::thread::move_into_thread_name_spaces(other.as_fd(), ThreadNameSpaceType::PROCESS_ID)
+            .tried(|| "join a pid namespace".to_owned())?;
+        unshare(NAMESPACES)?;
+    } else {
+        unshare(NAMESPACES | UnshareFlags::NEWPID)?;
+    }
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .tried(|| "make mounts private".to_owned())?;
     match sys::fork().tried(|| "fork the container's first process".to_owned())? {
@@ -45,20 +52,23 @@ pub(crate) fn run(control: &UnixStream, plan: CreatePlan) -> Result<Outcome, Age
 }
 
 #[expect(deprecated, reason = "the safe form; CLONE_FILES, which makes it unsafe, is not among the flags")]
-fn unshare() -> Result<(), AgentError> {
-    rustix::thread::unshare(NAMESPACES).tried(|| "make namespaces".to_owned())
+fn unshare(namespaces: UnshareFlags) -> Result<(), AgentError> {
+    rustix::thread::unshare(namespaces).tried(|| "make namespaces".to_owned())
 }
 
 fn first_process(control: &UnixStream, plan: CreatePlan) -> Result<Outcome, AgentError> {
     rustix::process::setsid().tried(|| "start a session".to_owned())?;
     rustix::process::umask(Mode::empty());
     set_names(&plan)?;
-    let root = rootfs::build(&plan.image_disk, &plan.writable_disk)?;
+    let mut volumes = mounts::Volumes::default();
+    let root = match &plan.root_share {
+        Some((tag, path)) => rootfs::bind(volumes.open_share(tag, path)?.as_fd())?,
+        None => rootfs::build(&plan.image_disk, &plan.writable_disk)?,
+    };
     for mount in &plan.mounts {
         mounts::kernel(root.as_fd(), mount)?;
     }
     mounts::devices(root.as_fd(), &plan.devices)?;
-    let mut volumes = mounts::Volumes::default();
     for volume in &plan.volumes {
         volumes.mount(root.as_fd(), volume)?;
     }

@@ -180,7 +180,11 @@ impl Volumes {
         fs::attach(mount.as_fd(), place.as_fd()).tried(|| "mount a share".to_owned())
     }
 
-    fn open_share(&mut self, tag: &str, path: &str) -> Result<OwnedFd, AgentError> {
+    /// Opens a folder or file of a share, mounting the share when it is the first.
+    ///
+    /// # Errors
+    /// A tag that is none, or a path that is not there.
+    pub(crate) fn open_share(&mut self, tag: &str, path: &str) -> Result<OwnedFd, AgentError> {
         if !self.shares.contains_key(tag) {
             // A second tag covers the first one's mount, which its descriptor still reaches.
             mount(tag, rootfs::SHARE_DIR, "virtiofs", MountFlags::NODEV, None)

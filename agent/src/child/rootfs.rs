@@ -3,12 +3,13 @@
 //! Everything is mounted in the container's own mount namespace, so that all of it goes when the container goes: there is nothing
 //! to undo.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
 use rustix::fs::{Gid, Mode, OFlags, Uid};
 use rustix::mount::{MountFlags, mount};
 
+use super::fs;
 use crate::disk;
 use crate::error::{AgentError, Tried};
 
@@ -51,6 +52,23 @@ pub(crate) fn build(image_disk: &str, writable_disk: &str) -> Result<OwnedFd, Ag
     overlay()
 }
 
+/// Makes a folder of a share the root, mounted at [`ROOT_DIR`]. Returns its descriptor.
+///
+/// # Errors
+/// What the kernel answers.
+pub(crate) fn bind(folder: BorrowedFd<'_>) -> Result<OwnedFd, AgentError> {
+    let place = open_root()?;
+    let mount = fs::clone_of(folder, false).tried(|| "take a mount of the root's share".to_owned())?;
+    fs::attach(mount.as_fd(), place.as_fd()).tried(|| "mount the root's share".to_owned())?;
+    drop(place);
+    open_root()
+}
+
+fn open_root() -> Result<OwnedFd, AgentError> {
+    rustix::fs::open(ROOT_DIR, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .tried(|| format!("open {ROOT_DIR}"))
+}
+
 fn overlay() -> Result<OwnedFd, AgentError> {
     let (upper, work) = (format!("{DISK_DIR}/upper"), format!("{DISK_DIR}/work"));
     let image = rustix::fs::stat(IMAGE_DIR).tried(|| format!("look at {IMAGE_DIR}"))?;
@@ -76,8 +94,7 @@ fn overlay() -> Result<OwnedFd, AgentError> {
         std::ffi::CString::new(options).map_err(|_| AgentError::invalid("a path holds a NUL byte"))?;
     mount("overlay", ROOT_DIR, "overlay", MountFlags::empty(), Some(options.as_c_str()))
         .tried(|| "mount the root's overlay".to_owned())?;
-    rustix::fs::open(ROOT_DIR, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        .tried(|| format!("open {ROOT_DIR}"))
+    open_root()
 }
 
 fn make_dir(path: &str) -> Result<bool, AgentError> {

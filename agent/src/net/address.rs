@@ -53,6 +53,15 @@ pub(crate) fn parse_mac(text: &str) -> Result<String, AgentError> {
     Ok(text.to_ascii_lowercase())
 }
 
+/// The bytes of a hardware address that [`parse_mac`] has checked.
+pub(crate) fn octets_of(mac: &str) -> [u8; 6] {
+    let mut octets = [0; 6];
+    for (octet, text) in octets.iter_mut().zip(mac.split(':')) {
+        *octet = u8::from_str_radix(text, 16).unwrap_or_default();
+    }
+    octets
+}
+
 /// Checks an interface's name as the kernel does.
 ///
 /// # Errors
@@ -88,6 +97,7 @@ mod tests {
     #[test]
     fn names_and_hardware_addresses() {
         assert_eq!(parse_mac("02:AB:00:00:00:01").unwrap(), "02:ab:00:00:00:01");
+        assert_eq!(octets_of("02:ab:00:00:00:01"), [2, 0xab, 0, 0, 0, 1]);
         assert!(parse_mac("02:ab:00:00:01").is_err());
         assert!(parse_mac("02:ab:00:00:00:0g").is_err());
         assert!(check_name("eth0").is_ok());

@@ -2,9 +2,9 @@
 
 use std::net::IpAddr;
 
-use hyper_protocol::rpc::agent::{Interface, Route};
+use hyper_protocol::rpc::agent::{Interface, Neighbour, Route};
 
-use super::address::{Cidr, check_name, parse_ip, parse_mac};
+use super::address::{Cidr, check_name, octets_of, parse_ip, parse_mac};
 use super::netlink::{Message, Socket};
 use crate::error::{AgentError, Tried};
 
@@ -43,6 +43,30 @@ pub(crate) fn apply(interfaces: &[Interface], routes: &[Route]) -> Result<(), Ag
     Ok(())
 }
 
+/// As [`apply`], with permanent neighbours after the routes.
+///
+/// # Errors
+/// The first thing that is wrong or that the kernel refuses.
+pub(crate) fn apply_all(
+    interfaces: &[Interface],
+    routes: &[Route],
+    neighbours: &[Neighbour],
+) -> Result<(), AgentError> {
+    apply(interfaces, routes)?;
+    if neighbours.len() > MAX_ENTRIES {
+        return Err(AgentError::limit("neighbours", MAX_ENTRIES));
+    }
+    let socket = Socket::open().tried(|| "open a netlink socket".to_owned())?;
+    for neighbour in neighbours {
+        let index = index_by_name(&neighbour.interface)?;
+        let (address, mac) = (parse_ip(&neighbour.address)?, parse_mac(&neighbour.mac)?);
+        socket
+            .request(Message::neighbour(index, address, octets_of(&mac)))
+            .tried(|| format!("add neighbour {address} {mac}"))?;
+    }
+    Ok(())
+}
+
 fn set_interface(socket: &Socket, interface: &Interface) -> Result<(), AgentError> {
     let name = &interface.name;
     check_name(name)?;
@@ -63,9 +87,7 @@ fn set_interface(socket: &Socket, interface: &Interface) -> Result<(), AgentErro
 
 fn set_route(socket: &Socket, route: &Route) -> Result<(), AgentError> {
     let name = &route.interface;
-    check_name(name)?;
-    let path = format!("/sys/class/net/{name}/ifindex");
-    let index = read_index(&path).ok_or_else(|| AgentError::not_found(format!("no interface {name}")))?;
+    let index = index_by_name(name)?;
     let gateway: Option<IpAddr> =
         if route.gateway.is_empty() { None } else { Some(parse_ip(&route.gateway)?) };
     let destination =
@@ -78,8 +100,14 @@ fn set_route(socket: &Socket, route: &Route) -> Result<(), AgentError> {
         return Err(AgentError::invalid(format!("route to {} by {}", route.destination, route.gateway)));
     }
     socket
-        .request(Message::route(index, destination, gateway, family.is_ipv6()))
+        .request(Message::route(index, destination, gateway, (family.is_ipv6(), route.on_link)))
         .tried(|| format!("add route to {:?} by {:?} on {name}", route.destination, route.gateway))
+}
+
+fn index_by_name(name: &str) -> Result<u32, AgentError> {
+    check_name(name)?;
+    read_index(format!("/sys/class/net/{name}/ifindex"))
+        .ok_or_else(|| AgentError::not_found(format!("no interface {name}")))
 }
 
 /// The index of the interface with this hardware address.

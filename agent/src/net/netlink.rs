@@ -16,6 +16,7 @@ const NLMSG_ERROR: u16 = 2;
 const RTM_NEWLINK: u16 = 16;
 const RTM_NEWADDR: u16 = 20;
 const RTM_NEWROUTE: u16 = 24;
+const RTM_NEWNEIGH: u16 = 28;
 const NLM_F_REQUEST: u16 = 1;
 const NLM_F_ACK: u16 = 4;
 const NLM_F_REPLACE: u16 = 0x100;
@@ -30,6 +31,10 @@ const IFA_F_NODAD: u8 = 2;
 const RTA_DST: u16 = 1;
 const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
+const RTNH_F_ONLINK: u32 = 4;
+const NDA_DST: u16 = 1;
+const NDA_LLADDR: u16 = 2;
+const NUD_PERMANENT: u16 = 0x80;
 const RT_TABLE_MAIN: u8 = 254;
 const RTPROT_BOOT: u8 = 3;
 const RT_SCOPE_UNIVERSE: u8 = 0;
@@ -114,18 +119,31 @@ impl Message {
         }
     }
 
+    /// Adds a permanent entry to the neighbour table.
+    pub(super) fn neighbour(index: u32, address: IpAddr, mac: [u8; 6]) -> Self {
+        let family = if address.is_ipv6() { AF_INET6 } else { AF_INET };
+        let mut fixed = vec![family, 0, 0, 0];
+        fixed.extend_from_slice(&index.to_ne_bytes());
+        fixed.extend_from_slice(&NUD_PERMANENT.to_ne_bytes());
+        fixed.extend_from_slice(&[0, 0]);
+        Self::new(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, &fixed)
+            .attribute(NDA_DST, &octets(address))
+            .attribute(NDA_LLADDR, &mac)
+    }
+
     /// Adds a route; `destination` is `None` for the default one.
     pub(super) fn route(
         index: u32,
         destination: Option<Cidr>,
         gateway: Option<IpAddr>,
-        is_ipv6: bool,
+        (is_ipv6, on_link): (bool, bool),
     ) -> Self {
         let family = if is_ipv6 { AF_INET6 } else { AF_INET };
         let prefix = destination.map_or(0, |d| d.prefix);
         let scope = if gateway.is_some() || is_ipv6 { RT_SCOPE_UNIVERSE } else { RT_SCOPE_LINK };
         let mut fixed = vec![family, prefix, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, scope, RTN_UNICAST];
-        fixed.extend_from_slice(&0_u32.to_ne_bytes());
+        let flags = if on_link { RTNH_F_ONLINK } else { 0 };
+        fixed.extend_from_slice(&flags.to_ne_bytes());
         let mut message = Self::new(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, &fixed);
         if let Some(destination) = destination {
             message = message.attribute(RTA_DST, &octets(destination.address));
@@ -242,14 +260,18 @@ mod tests {
     #[test]
     fn routes_with_and_without_a_gateway() {
         let gateway = "10.0.0.1".parse().ok();
-        let default = Message::route(2, None, gateway, false).finish();
+        let default = Message::route(2, None, gateway, (false, false)).finish();
         assert_eq!(
             default[16..24],
             [AF_INET, 0, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, RT_SCOPE_UNIVERSE, RTN_UNICAST]
         );
         assert_eq!(default.len(), 28 + 8 + 8);
-        let link = Message::route(2, Some(Cidr::parse("10.9.0.0/16").unwrap()), None, false).finish();
+        let link = Message::route(2, Some(Cidr::parse("10.9.0.0/16").unwrap()), None, (false, false)).finish();
         assert_eq!((link[17], link[22]), (16, RT_SCOPE_LINK));
+        let direct = Message::route(2, None, gateway, (false, true)).finish();
+        assert_eq!(direct[24..28], RTNH_F_ONLINK.to_ne_bytes());
+        let neighbour = Message::neighbour(2, "10.0.0.1".parse().unwrap(), [2, 0, 0, 0, 0, 9]).finish();
+        assert_eq!((neighbour.len(), neighbour[24]), (28 + 8 + 12, 0x80));
     }
 
     #[test]

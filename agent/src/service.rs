@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use hyper_protocol::rpc::agent::{
-    ArchiveRequest, ArchiveResponse, ConfigureNetworkRequest, ConfigureRequest, ConfigureResponse, ContainerRef,
-    CreateContainerRequest, CreateContainerResponse, CreateProcessRequest, CreateProcessResponse, Empty,
-    ExitStatus, ListProcessesResponse, NextEventsRequest, NextEventsResponse, PathStat, ProcessRef,
-    ResizeTerminalRequest, SandboxEvent, SignalProcessRequest, StartProcessResponse, StatPathRequest,
-    StatsResponse, UnpackImageRequest, UnpackImageResponse, UpdateContainerRequest, sandbox_event,
+    ArchiveRequest, ArchiveResponse, ConfigureNetworkRequest, ConfigureRequest, ConfigureResponse,
+    ContainerRef, CreateContainerRequest, CreateContainerResponse, CreateProcessRequest,
+    CreateProcessResponse, Empty, ExitStatus, ListProcessesResponse, NextEventsRequest, NextEventsResponse,
+    PathStat, ProcessRef, ResizeTerminalRequest, SandboxEvent, SignalProcessRequest, StartProcessResponse,
+    StatPathRequest, StatsResponse, UnpackImageRequest, UnpackImageResponse, UpdateContainerRequest,
+    sandbox_event,
 };
 use hyper_protocol::rpc::agent_ttrpc::Agent;
 use ttrpc::r#async::TtrpcContext;
@@ -122,8 +123,7 @@ impl AgentService {
         let plan = request::create_plan(request, spec, &cgroup)?;
         let connections = Connections::claim(&self.sandbox.streams, ids).await?;
         let surroundings = (cgroup, shared_pids.as_deref());
-        let container =
-            Container::create(&id, &self.sandbox.reaper, plan, connections, surroundings).await?;
+        let container = Container::create(&id, &self.sandbox.reaper, plan, connections, surroundings).await?;
         // Only now: until here its first process has opened disks, which the program to come must not.
         container.cgroup().allow_devices(&devices)?;
         container.watch_memory(&self.sandbox.events);

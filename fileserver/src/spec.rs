@@ -115,7 +115,8 @@ mod tests {
     #[test]
     fn shares_are_read() {
         let spec = args(&["--spec", &share("0", "/srv/data")]).unwrap();
-        let expected = ShareSpec { name: "0".into(), source: "/srv/data".into(), read_only: true, live: false };
+        let expected =
+            ShareSpec { name: "0".into(), source: "/srv/data".into(), read_only: true, live: false };
         assert_eq!(spec.shares(), [expected]);
     }
 

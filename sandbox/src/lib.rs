@@ -21,6 +21,7 @@ mod launch;
 mod logs;
 mod network;
 mod oci;
+pub mod pod;
 mod state;
 mod storage;
 mod store;

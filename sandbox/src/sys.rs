@@ -1,8 +1,8 @@
-//! What has no safe wrapper: TAP and bridge ioctls, and the parent-death signal of a child.
-// UNSAFETY: ioctl and pre_exec are unsafe by signature; both are called with plain values only.
+//! What has no safe wrapper: TAP and bridge ioctls, attributes of mounts, and the parent-death signal of a child.
+// UNSAFETY: ioctl, syscall and pre_exec are unsafe by signature; all are called with plain values only.
 #![expect(
     unsafe_code,
-    reason = "TUNSETIFF, TUNSETOFFLOAD, bridge ioctls and pre_exec have no safe wrapper in rustix or std"
+    reason = "TUNSETIFF, TUNSETOFFLOAD, bridge ioctls, mount_setattr and pre_exec have no safe wrapper in rustix or std"
 )]
 
 use std::io;
@@ -118,6 +118,34 @@ pub(crate) fn tap_set_offloads(fd: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: `fd` is open; TUNSETOFFLOAD takes its argument by value.
     let done = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETOFFLOAD, offloads) };
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Attributes of a mount (`struct mount_attr`, Linux 5.12).
+#[repr(C)]
+struct MountAttr {
+    attr_set: u64,
+    attr_clr: u64,
+    propagation: u64,
+    userns_fd: u64,
+}
+
+/// Sets attributes on the mount that `mount` refers to and on all mounts below it, and detaches them from their originals.
+pub(crate) fn restrict_mounts(mount: BorrowedFd<'_>, attributes: u64) -> io::Result<()> {
+    let attr = MountAttr { attr_set: attributes, attr_clr: 0, propagation: libc::MS_PRIVATE, userns_fd: 0 };
+    let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
+    // SAFETY: the path is a C string and `attr` a `struct mount_attr` of the size given; both outlive the call, which writes to
+    // neither.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &raw const attr,
+            size_of::<MountAttr>(),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Makes the kernel kill the child when the thread that spawns it ends. Spawn it from a thread that lives as long as the process.

@@ -10,6 +10,7 @@ use crate::cache;
 const EDGES: &[(&str, &[&str])] = &[
     ("hyper-cli", &["hyper-sandbox", "hyper-image"]),
     ("hyper-sandbox", &["hyper-vmm-spec", "hyper-protocol", "hyper-image"]),
+    ("hyper-shim", &["hyper-sandbox"]),
     ("hyper-image", &[]),
     ("hyper-protocol", &[]),
     ("hyper-unpack", &[]),

@@ -1,7 +1,7 @@
 //! Everything that is shipped, built and put where `hyper` looks for its parts.
 //!
 //! ```text
-//! <target>/hyper/bin/hyper
+//! <target>/hyper/bin/{hyper,containerd-shim-hyper-v2}
 //!                libexec/hyper/{hyper-vmm,hyper-fs}
 //!                share/hyper/{vmlinux,initramfs.cpio}
 //! ```
@@ -16,7 +16,7 @@ use crate::command;
 use crate::setup::STATIC_TARGET;
 use crate::{kernel, rootfs};
 
-const HOST_PACKAGES: [&str; 3] = ["hyper-cli", "hyper-vmm", "hyper-fileserver"];
+const HOST_PACKAGES: [&str; 4] = ["hyper-cli", "hyper-shim", "hyper-vmm", "hyper-fileserver"];
 
 /// Where the parts are after a build.
 pub(crate) struct Product {
@@ -62,6 +62,7 @@ pub(crate) fn build() -> Result<Product> {
     let release = target.join("release");
     for (from, to) in [
         (release.join("hyper"), "bin/hyper"),
+        (release.join("containerd-shim-hyper-v2"), "bin/containerd-shim-hyper-v2"),
         (release.join("hyper-vmm"), "libexec/hyper/hyper-vmm"),
         (release.join("hyper-fs"), "libexec/hyper/hyper-fs"),
         (vmlinux, "share/hyper/vmlinux"),

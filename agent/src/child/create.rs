@@ -32,7 +32,8 @@ pub(crate) fn run(control: &UnixStream, plan: CreatePlan) -> Result<Outcome, Age
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .tried(|| "become undumpable".to_owned())?;
     if plan.pid_namespace >= 0 {
-        let other = sys::take_inherited_fd(plan.pid_namespace).tried(|| "take a container's pidfd".to_owned())?;
+        let other =
+            sys::take_inherited_fd(plan.pid_namespace).tried(|| "take a container's pidfd".to_owned())?;
         rustix::thread::move_into_thread_name_spaces(other.as_fd(), ThreadNameSpaceType::PROCESS_ID)
             .tried(|| "join a pid namespace".to_owned())?;
         unshare(NAMESPACES)?;

@@ -266,7 +266,8 @@ mod tests {
             [AF_INET, 0, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, RT_SCOPE_UNIVERSE, RTN_UNICAST]
         );
         assert_eq!(default.len(), 28 + 8 + 8);
-        let link = Message::route(2, Some(Cidr::parse("10.9.0.0/16").unwrap()), None, (false, false)).finish();
+        let link =
+            Message::route(2, Some(Cidr::parse("10.9.0.0/16").unwrap()), None, (false, false)).finish();
         assert_eq!((link[17], link[22]), (16, RT_SCOPE_LINK));
         let direct = Message::route(2, None, gateway, (false, true)).finish();
         assert_eq!(direct[24..28], RTNH_F_ONLINK.to_ne_bytes());

@@ -29,7 +29,7 @@ pub(crate) struct GuestPlan {
     /// Memory of the machine, MiB.
     pub(crate) mem_mib: u32,
     pub(crate) disks: Vec<DiskPlan>,
-    pub(crate) net: Option<NetPlan>,
+    pub(crate) nets: Vec<NetPlan>,
     /// What is shared; nothing: no file server.
     pub(crate) shares: Vec<SharePlan>,
     /// More words for the kernel's command line.
@@ -59,6 +59,9 @@ pub(crate) struct SharePlan {
     pub(crate) name: String,
     pub(crate) source: PathBuf,
     pub(crate) read_only: bool,
+    /// What the host mounts below it later appears to the guest as well.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) live: bool,
 }
 
 /// A spec with the descriptors that it names.
@@ -127,7 +130,7 @@ pub(super) fn assemble(
         let fd = slots.take(disk.file);
         spec = spec.with_device(DeviceSpec::Disk(DiskSpec { id, fd, read_only: disk.read_only }))?;
     }
-    if let Some(net) = plan.net {
+    for net in plan.nets {
         let fd = slots.take(net.tap);
         spec = spec.with_device(DeviceSpec::Net(NetSpec { fd, mac: net.mac, mtu: net.mtu }))?;
     }
@@ -159,7 +162,7 @@ mod tests {
             vcpus: 2,
             mem_mib: 128,
             disks: vec![DiskPlan { id: "image", file: null().into(), read_only: true }],
-            net: Some(NetPlan { tap: null(), mac: [2, 0, 0, 0, 0, 1], mtu: 1500 }),
+            nets: vec![NetPlan { tap: null(), mac: [2, 0, 0, 0, 0, 1], mtu: 1500 }],
             shares: Vec::new(),
             kernel_args: vec!["loglevel=7".into()],
         }

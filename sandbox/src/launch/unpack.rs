@@ -79,7 +79,7 @@ pub(crate) async fn unpack(
         vcpus: vcpus(),
         mem_mib: MEM_MIB,
         disks: vec![DiskPlan { id: DISK, file: guest_disk, read_only: false }],
-        net: None,
+        nets: Vec::new(),
         shares: Vec::new(),
         kernel_args: Vec::new(),
     };

@@ -85,8 +85,8 @@ pub(crate) fn ensure_bridge(name: &str, subnet: Subnet) -> Result<(), NetworkErr
     set_up(socket, name).map_err(fail("bring up", name))
 }
 
-/// Makes a TAP on the bridge. It vanishes with its descriptor.
-pub(crate) fn open_tap(name: &str, bridge: &str) -> Result<OwnedFd, NetworkError> {
+/// Makes a TAP, which is down. It vanishes with its descriptor.
+pub(crate) fn make_tap(name: &str, mtu: u16) -> Result<OwnedFd, NetworkError> {
     let mut options = OpenOptions::new();
     let file = options.read(true).write(true).open(TUN_PATH).map_err(|source| match source.kind() {
         io::ErrorKind::NotFound => NetworkError::NoTun,
@@ -106,9 +106,17 @@ pub(crate) fn open_tap(name: &str, bridge: &str) -> Result<OwnedFd, NetworkError
     }
     let socket = control_socket().map_err(fail("open a socket for", name))?;
     let socket = socket.as_fd();
-    let mtu = libc::c_int::from(MTU).to_ne_bytes();
+    let mtu = libc::c_int::from(mtu).to_ne_bytes();
     let mut ifreq = IfReq::new(name).map_err(fail("name", name))?.with(&mtu);
     ioctl_ifreq(socket, IfIoctl::SetMtu, &mut ifreq).map_err(fail("set the MTU of", name))?;
+    Ok(tap)
+}
+
+/// Makes a TAP on the bridge. It vanishes with its descriptor.
+pub(crate) fn open_tap(name: &str, bridge: &str) -> Result<OwnedFd, NetworkError> {
+    let tap = make_tap(name, MTU)?;
+    let socket = control_socket().map_err(fail("open a socket for", name))?;
+    let socket = socket.as_fd();
     let mut ifreq = IfReq::new(name).map_err(fail("name", name))?;
     ioctl_ifreq(socket, IfIoctl::GetIndex, &mut ifreq).map_err(fail("find", name))?;
     let index = ifreq.value::<4>(0);

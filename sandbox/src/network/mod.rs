@@ -26,7 +26,8 @@ use crate::SandboxError;
 use crate::state::NetworkState;
 use crate::store::{FileLock, make_private_dir};
 
-pub(crate) use link::MTU;
+pub(crate) use link::{MTU, make_tap};
+pub(crate) use subnet::mac_text;
 
 /// The bridge without `HYPER_BRIDGE`.
 pub(crate) const DEFAULT_BRIDGE: &str = "hyper0";
@@ -114,6 +115,14 @@ pub enum NetworkError {
         /// First line of its standard error.
         message: String,
     },
+    /// The kernel refused a change to the namespace of a pod.
+    #[error("cannot {what}: {source}")]
+    Namespace {
+        /// What was tried on what.
+        what: String,
+        /// Why not.
+        source: std::io::Error,
+    },
     /// Forwarding could not be turned on.
     #[error("cannot turn on forwarding in {path}: {source}")]
     Forwarding {
@@ -179,7 +188,7 @@ impl NetworkSettings {
             ip: lease.ip.into(),
             prefix_len: self.subnet.prefix_len(),
             gateway: self.gateway(),
-            mac: subnet::mac_text(mac),
+            mac: mac_text(mac),
             tap: name,
             bridge: self.bridge.clone(),
         };

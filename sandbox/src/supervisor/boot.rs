@@ -77,7 +77,7 @@ pub(super) async fn machine(
             DiskPlan { id: IMAGE_DISK, file: image, read_only: true },
             DiskPlan { id: RW_DISK, file: rw, read_only: false },
         ],
-        net,
+        nets: net.into_iter().collect(),
         shares,
         kernel_args: config.kernel_args.clone(),
     };
@@ -167,7 +167,7 @@ fn mounts(home: &Home, config: &ContainerConfig) -> Result<(Vec<SharePlan>, Vec<
         mount.source = Some(mount::Source::Share(share));
         mount.read_only = read_only;
         mounts.push(mount);
-        shares.push(SharePlan { name, source, read_only });
+        shares.push(SharePlan { name, source, read_only, live: false });
     }
     Ok((shares, mounts))
 }
@@ -286,7 +286,7 @@ mod tests {
         ];
         let (shares, mounts) = mounts(&home, &wish).unwrap();
         assert!(source.is_dir(), "made");
-        assert_eq!(shares[0], SharePlan { name: "0".into(), source, read_only: true });
+        assert_eq!(shares[0], SharePlan { name: "0".into(), source, read_only: true, live: false });
         assert_eq!(shares[1].source, home.volume("data").unwrap().mountpoint);
         let all: Vec<_> = mounts.iter().map(|m| (m.destination.as_str(), m.read_only, m.copy_up)).collect();
         assert_eq!(all, [("/t", false, false), ("/b", true, false), ("/v", false, true)]);

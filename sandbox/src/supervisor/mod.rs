@@ -22,6 +22,8 @@ mod serve;
 mod shared;
 mod verbs;
 
+pub(crate) use verbs::stats_of;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 

@@ -210,7 +210,8 @@ fn process(info: ProcessInfo) -> Process {
     }
 }
 
-fn stats_of(stats: StatsResponse) -> ContainerStats {
+/// A sample in our words.
+pub(crate) fn stats_of(stats: StatsResponse) -> ContainerStats {
     let counters = |net: hyper_protocol::rpc::agent::NetworkStats| NetworkCounters {
         name: net.name,
         rx_bytes: net.rx_bytes,

@@ -1,0 +1,194 @@
+//! What the guest sees of the host's files: one share, below which roots and volumes are mounted and unmounted while it runs.
+//!
+//! The share is a tmpfs that propagates: what is mounted below it appears in the file server, with the attributes that it was given
+//! here. Read-only is such an attribute, so the host's kernel refuses writes, whatever the guest believes.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use hyper_protocol::SHARE_TAG;
+use hyper_protocol::rpc::agent::ShareSource;
+use rustix::fs::{CWD, FileType, Mode};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, mount, mount_change, move_mount,
+    open_tree,
+};
+
+use super::PodError;
+use super::mounts::{RootMount, mount_root, unmount_all};
+use crate::launch::SharePlan;
+use crate::sys;
+
+/// Name of the live share in the file server.
+const NAME: &str = "live";
+/// What every mount gets: neither devices nor programs of the shares work for the file server.
+const HARMLESS: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
+
+/// Directory of the share in the run directory.
+const LIVE_DIR: &str = "live";
+
+/// The share.
+#[derive(Debug)]
+pub(super) struct LiveShare {
+    dir: Arc<PathBuf>,
+    next: AtomicU64,
+    /// Goes after the mounts.
+    _run_dir: RunDir,
+}
+
+/// The directory of sockets, logs and the share. It is never removed recursively: what is mounted below it is the host's.
+#[derive(Debug)]
+struct RunDir(PathBuf);
+
+impl Drop for RunDir {
+    fn drop(&mut self) {
+        clean(&self.0);
+    }
+}
+
+/// Removes a run directory that nobody uses any more; it is no error if it is not there.
+pub fn clean(run_dir: &Path) {
+    let Ok(entries) = std::fs::read_dir(run_dir) else { return };
+    for entry in entries.flatten() {
+        let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        let path = entry.path();
+        let removed = if is_dir { std::fs::remove_dir(&path) } else { std::fs::remove_file(&path) };
+        if let Err(error) = removed {
+            tracing::warn!(path = %path.display(), %error, "undo failed");
+        }
+    }
+    if let Err(error) = std::fs::remove_dir(run_dir) {
+        tracing::warn!(path = %run_dir.display(), %error, "undo failed");
+    }
+}
+
+/// Something in it, taken out again when this is dropped.
+#[derive(Debug)]
+pub(super) struct LiveMount {
+    dir: Arc<PathBuf>,
+    name: String,
+}
+
+impl LiveShare {
+    /// Makes the run directory, with the share in it.
+    pub(super) fn make(run_dir: &Path) -> Result<Self, PodError> {
+        make_dir(run_dir)?;
+        let undo = RunDir(run_dir.to_owned());
+        let dir = run_dir.join(LIVE_DIR);
+        make_dir(&dir)?;
+        let fail = |errno| PodError::io("make a share at", &dir, errno);
+        let flags = MountFlags::NODEV | MountFlags::NOSUID | MountFlags::NOEXEC;
+        // Mount points only.
+        mount("hyper", dir.as_path(), "tmpfs", flags, Some(c"mode=0755,size=1m")).map_err(fail)?;
+        let share = Self { dir: Arc::new(dir), next: AtomicU64::new(0), _run_dir: undo };
+        mount_change(share.dir.as_path(), MountPropagationFlags::SHARED)
+            .map_err(|errno| PodError::io("make a share at", share.dir.as_path(), errno))?;
+        Ok(share)
+    }
+
+    /// What the file server is told.
+    pub(super) fn plan(&self) -> SharePlan {
+        SharePlan { name: NAME.to_owned(), source: self.dir.as_ref().clone(), read_only: false, live: true }
+    }
+
+    fn place(&self) -> LiveMount {
+        let name = self.next.fetch_add(1, Ordering::Relaxed).to_string();
+        LiveMount { dir: Arc::clone(&self.dir), name }
+    }
+
+    /// Mounts a root.
+    pub(super) fn root(&self, mounts: &[RootMount]) -> Result<LiveMount, PodError> {
+        let place = self.place();
+        let path = place.path();
+        std::fs::create_dir(&path).map_err(|source| PodError::io("make", &path, source))?;
+        mount_root(mounts, &path)?;
+        Ok(place)
+    }
+
+    /// Binds a directory or file of the host, with what is mounted below it.
+    pub(super) fn bind(&self, source: &Path, read_only: bool) -> Result<LiveMount, PodError> {
+        let kind = rustix::fs::stat(source).map_err(|errno| PodError::io("share", source, errno))?;
+        let place = self.place();
+        let path = place.path();
+        match FileType::from_raw_mode(kind.st_mode) {
+            FileType::Directory => std::fs::create_dir(&path),
+            FileType::RegularFile => std::fs::File::create_new(&path).map(drop),
+            other => {
+                return Err(PodError::Unsupported(format!(
+                    "a volume that is a {other:?}: {}",
+                    source.display()
+                )));
+            }
+        }
+        .map_err(|error| PodError::io("make", &path, error))?;
+        bind_at(source, &path, read_only, true)?;
+        Ok(place)
+    }
+}
+
+impl Drop for LiveShare {
+    fn drop(&mut self) {
+        unmount_all(&self.dir);
+    }
+}
+
+impl LiveMount {
+    fn path(&self) -> PathBuf {
+        self.dir.join(&self.name)
+    }
+
+    /// By what the agent finds it.
+    pub(super) fn source(&self) -> ShareSource {
+        let path = format!("{NAME}/{}", self.name);
+        ShareSource { tag: SHARE_TAG.to_owned(), path, ..Default::default() }
+    }
+}
+
+impl Drop for LiveMount {
+    fn drop(&mut self) {
+        let path = self.path();
+        unmount_all(&path);
+        let removed = match std::fs::symlink_metadata(&path) {
+            Ok(data) if data.is_dir() => std::fs::remove_dir(&path),
+            Ok(_) => std::fs::remove_file(&path),
+            // The whole share is gone.
+            Err(_) => return,
+        };
+        if let Err(error) = removed {
+            tracing::warn!(path = %path.display(), %error, "undo failed");
+        }
+    }
+}
+
+/// Binds `source` at `target`, which is of the same kind.
+pub(super) fn bind_at(
+    source: &Path,
+    target: &Path,
+    read_only: bool,
+    recursive: bool,
+) -> Result<(), PodError> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    if recursive {
+        flags |= OpenTreeFlags::AT_RECURSIVE;
+    }
+    let tree: OwnedFd =
+        open_tree(CWD, source, flags).map_err(|errno| PodError::io("share", source, errno))?;
+    let read_only = if read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
+    sys::restrict_mounts(tree.as_fd(), HARMLESS | read_only)
+        .map_err(|error| PodError::io("restrict the mount of", source, error))?;
+    move_mount(tree.as_fd(), c"", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .map_err(|errno| PodError::io("mount at", target, errno))
+}
+
+/// Size of the file system at a place, bytes; `None` when it cannot be asked.
+pub(super) fn size_bytes(path: &Path) -> Option<u64> {
+    let data = rustix::fs::statvfs(path).ok()?;
+    data.f_blocks.checked_mul(data.f_frsize).filter(|bytes| *bytes > 0)
+}
+
+/// Makes a directory that only we can enter.
+fn make_dir(path: &Path) -> Result<(), PodError> {
+    rustix::fs::mkdir(path, Mode::RWXU).map_err(|errno| PodError::io("make", path, errno))
+}

@@ -1,0 +1,109 @@
+//! The machine of a sandbox: started, watched and ended by a task of its own.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use hyper_protocol::rpc::agent::ConfigureRequest;
+use tokio::sync::{Notify, watch};
+
+use super::live::LiveShare;
+use super::netns::PodNetwork;
+use super::{PodError, SandboxSpec, until_ended};
+use crate::dirs::{Dirs, Parts};
+use crate::launch::{Agent, Guest, GuestPlan, MemorySizing, Steps, scaled_ms};
+
+/// How long an orderly end may take before the caller no longer waits; the machine is ended by force soon after.
+const STOP_MS: u64 = 30_000;
+
+/// The wish that it ends.
+#[derive(Debug, Default)]
+struct Stop {
+    wished: Notify,
+    orderly: AtomicBool,
+}
+
+/// A machine that runs in the background.
+#[derive(Debug)]
+pub(super) struct Machine {
+    pid: u32,
+    stop: Arc<Stop>,
+    ended: watch::Receiver<Option<String>>,
+}
+
+impl Machine {
+    /// Starts it, with all that it uses.
+    pub(super) async fn start(
+        spec: &SandboxSpec,
+        parts: &Parts,
+    ) -> Result<(Self, Arc<Agent>, LiveShare, PodNetwork), PodError> {
+        let parent = spec.run_dir.parent().unwrap_or(Path::new("/"));
+        std::fs::create_dir_all(parent).map_err(|source| PodError::io("make", parent, source))?;
+        super::clean(&spec.run_dir);
+        let live = LiveShare::make(&spec.run_dir)?;
+        let (network, nets) = PodNetwork::enter(spec.netns.as_deref())?;
+        let mut sizing = MemorySizing::load(&Dirs::from_env().data.join("templates"), parts);
+        let vm_mem_mib = sizing.vm_mem_mib(spec.mem_mib, spec.vcpus);
+        let plan = GuestPlan {
+            run_dir: spec.run_dir.clone(),
+            log_dir: spec.run_dir.clone(),
+            vcpus: spec.vcpus,
+            mem_mib: vm_mem_mib,
+            disks: Vec::new(),
+            nets,
+            shares: vec![live.plan()],
+            kernel_args: spec.kernel_args.clone(),
+        };
+        let guest = Guest::start(plan, parts, &mut Steps::begin()).await?;
+        let configure = ConfigureRequest { hostname: spec.hostname.clone(), ..Default::default() };
+        let configured = guest.configure(configure).await?;
+        if let Err(error) = sizing.learn(vm_mem_mib, spec.vcpus, configured.mem_total_bytes) {
+            tracing::debug!(%error, "nothing is learned");
+        }
+        let agent = Arc::clone(&guest.agent);
+        let (tell, ended) = watch::channel(None);
+        let stop = Arc::new(Stop::default());
+        let machine = Self { pid: guest.pid(), stop: Arc::clone(&stop), ended };
+        tokio::spawn(watch_over(guest, stop, tell));
+        Ok((machine, agent, live, network))
+    }
+
+    pub(super) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    pub(super) fn ended(&self) -> watch::Receiver<Option<String>> {
+        self.ended.clone()
+    }
+
+    /// Ends it, and waits for that.
+    pub(super) async fn stop(&self, orderly: bool) {
+        self.stop.orderly.store(orderly, Ordering::SeqCst);
+        self.stop.wished.notify_one();
+        if tokio::time::timeout(scaled_ms(STOP_MS), until_ended(self.ended())).await.is_err() {
+            tracing::warn!("the machine does not end");
+        }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.stop.wished.notify_one();
+    }
+}
+
+/// Holds the machine until it ends or is to end.
+async fn watch_over(guest: Guest, stop: Arc<Stop>, tell: watch::Sender<Option<String>>) {
+    let end = tokio::select! {
+        end = guest.ended() => end.message(),
+        () = stop.wished.notified() => {
+            if stop.orderly.load(Ordering::SeqCst) {
+                guest.shutdown().await;
+            } else {
+                drop(guest);
+            }
+            "the virtual machine was ended".to_owned()
+        }
+    };
+    tell.send_replace(Some(end));
+}

@@ -1,0 +1,262 @@
+//! A sandbox in the calling process: one machine, several containers, each from an OCI bundle.
+//!
+//! ```text
+//! Sandbox::start: network namespace -> live share -> machine (one file server, the interfaces of the namespace) -> agent
+//!   create: rootfs and volumes appear in the live share -> CreateContainer        (Created)
+//!   start:  the first one configures the network -> StartProcess                  (Running, event)
+//!   end of a process, or of the machine: last output, then one exit event         (Stopped, event)
+//!   delete: DeleteContainer, mounts undone
+//! Sandbox::shutdown, or the end of this process: machine, file server, TAPs and mounts are gone
+//! ```
+//!
+//! Nothing is written but the run directory: mounts are made in a mount namespace of this process ([`private_mounts`]), TAPs and the
+//! machine live as long as their descriptors. Whoever calls owns the ids and the bundles.
+//!
+//! Files: `live` (what the guest sees of the host's files), `mounts` (rootfs), `translate` (OCI specification of the host to that of
+//! the guest), `netns` (interfaces, TAPs, redirection), `rtnetlink`, `io` (FIFOs), `process`, `container`, `machine`, `error`.
+
+mod container;
+mod error;
+mod io;
+mod live;
+mod machine;
+mod mounts;
+mod netns;
+mod process;
+mod rtnetlink;
+mod translate;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use hyper_protocol::rpc::agent::{NextEventsRequest, sandbox_event};
+use tokio::sync::watch;
+
+use self::container::PodContainer;
+use self::live::LiveShare;
+use self::machine::Machine;
+use self::netns::PodNetwork;
+use crate::clock::Timestamp;
+use crate::dirs::Parts;
+use crate::launch::{Agent, context, scaled_ms};
+
+pub use self::container::{BundleConfig, ContainerStatus};
+pub use self::error::PodError;
+pub use self::io::StdioPaths;
+pub use self::live::clean;
+pub use self::mounts::{RootMount, private_mounts};
+pub use self::process::{ProcessExit, ProcessStatus};
+
+/// How long one request for events waits; the next one follows at once.
+const EVENTS_WAIT_MS: u32 = 60_000;
+/// How much longer its answer may take.
+const EVENTS_SLACK_MS: u64 = 30_000;
+
+/// What a sandbox is made of.
+#[derive(Debug, Clone)]
+pub struct SandboxSpec {
+    /// Host name of the guest itself; containers have their own.
+    pub hostname: String,
+    /// Where sockets, logs and the shared directory are made. What a dead sandbox left there is removed; it goes with the sandbox.
+    pub run_dir: PathBuf,
+    /// vCPUs.
+    pub vcpus: u8,
+    /// Memory that the guest has, MiB.
+    pub mem_mib: u32,
+    /// The network namespace that is joined to the guest; `None`: a new one, for somebody to configure before the first start.
+    pub netns: Option<PathBuf>,
+    /// More words for the guest kernel's command line.
+    pub kernel_args: Vec<String>,
+}
+
+/// Something that happened to a container, in order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PodEvent {
+    /// The first process of a container runs.
+    Started {
+        /// The container.
+        container: String,
+    },
+    /// A further process is known.
+    ExecAdded {
+        /// The container.
+        container: String,
+        /// The process.
+        exec: String,
+    },
+    /// It runs.
+    ExecStarted {
+        /// The container.
+        container: String,
+        /// The process.
+        exec: String,
+    },
+    /// A process has ended; an empty `exec` is the container's first.
+    Exited {
+        /// The container.
+        container: String,
+        /// The process.
+        exec: String,
+        /// How.
+        exit: ProcessExit,
+    },
+    /// The kernel has killed a process of the container for want of memory.
+    Oom {
+        /// The container.
+        container: String,
+    },
+    /// Its processes stand still.
+    Paused {
+        /// The container.
+        container: String,
+    },
+    /// They go on.
+    Resumed {
+        /// The container.
+        container: String,
+    },
+}
+
+/// Where events go; called in their order, must not block.
+pub type EventSink = Arc<dyn Fn(PodEvent) + Send + Sync>;
+
+/// One machine and its containers. Start and use it on the thread that lives as long as the process: its network namespace changes, and
+/// the machine dies with it.
+pub struct Sandbox {
+    machine: Machine,
+    agent: Arc<Agent>,
+    live: LiveShare,
+    network: tokio::sync::Mutex<PodNetwork>,
+    containers: Mutex<BTreeMap<String, Option<Arc<PodContainer>>>>,
+    events: EventSink,
+}
+
+impl std::fmt::Debug for Sandbox {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Sandbox").field("machine", &self.machine).finish_non_exhaustive()
+    }
+}
+
+fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Sandbox {
+    /// Starts the machine; returns when its agent serves.
+    ///
+    /// # Errors
+    /// A part that is missing, a namespace that cannot be entered, or a machine that does not come up; nothing is left then.
+    pub async fn start(spec: SandboxSpec, parts: &Parts, events: EventSink) -> Result<Arc<Self>, PodError> {
+        let (machine, agent, live, network) = Machine::start(&spec, parts).await?;
+        let sandbox = Arc::new(Self {
+            machine,
+            agent,
+            live,
+            network: tokio::sync::Mutex::new(network),
+            containers: Mutex::new(BTreeMap::new()),
+            events,
+        });
+        tokio::spawn(watch_memory(Arc::downgrade(&sandbox)));
+        Ok(sandbox)
+    }
+
+    /// Process id of the machine, which is in the network namespace that the guest is joined to.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.machine.pid()
+    }
+
+    /// Waits until the machine has ended, and says how.
+    pub async fn ended(&self) -> String {
+        until_ended(self.machine.ended()).await
+    }
+
+    /// Whether the agent answers.
+    ///
+    /// # Errors
+    /// It does not, or the machine has ended.
+    pub async fn ping(&self) -> Result<(), PodError> {
+        let mut request = NextEventsRequest::new();
+        request.timeout_ms = 0;
+        let events =
+            self.call("NextEvents", self.agent.rpc.next_events(crate::launch::call(), &request)).await?;
+        self.report_memory(events.events);
+        Ok(())
+    }
+
+    /// Ends the machine: by force when no container is left, for then nothing is left to be written; else in order if the guest can.
+    /// Containers that still run are reported as killed.
+    pub async fn shutdown(&self) {
+        let orderly = !held(&self.containers).is_empty();
+        self.machine.stop(orderly).await;
+    }
+
+    /// Ids of all containers.
+    #[must_use]
+    pub fn containers(&self) -> Vec<String> {
+        held(&self.containers).keys().cloned().collect()
+    }
+
+    fn container(&self, id: &str) -> Result<Arc<PodContainer>, PodError> {
+        let known = held(&self.containers).get(id).cloned();
+        match known {
+            Some(Some(container)) => Ok(container),
+            Some(None) => Err(PodError::State(format!("container {id} is being made"))),
+            None => Err(PodError::NotFound(format!("container {id}"))),
+        }
+    }
+
+    /// The answer to a request, unless the machine ends first.
+    async fn call<T>(
+        &self,
+        call: &'static str,
+        answer: impl Future<Output = ttrpc::Result<T>>,
+    ) -> Result<T, PodError> {
+        tokio::select! {
+            biased;
+            answer = answer => answer.map_err(|error| PodError::of_agent(call, error)),
+            end = self.ended() => Err(PodError::Ended(end)),
+        }
+    }
+
+    fn report_memory(&self, events: Vec<hyper_protocol::rpc::agent::SandboxEvent>) {
+        for event in events {
+            let is_known = held(&self.containers).contains_key(&event.container_id);
+            if is_known && event.kind.enum_value() == Ok(sandbox_event::Kind::OOM) {
+                (self.events)(PodEvent::Oom { container: event.container_id });
+            }
+        }
+    }
+}
+
+async fn until_ended(mut ended: watch::Receiver<Option<String>>) -> String {
+    match ended.wait_for(Option::is_some).await {
+        Ok(end) => end.clone().unwrap_or_default(),
+        Err(_) => "the virtual machine has ended".to_owned(),
+    }
+}
+
+/// Asks for the guest's events until the machine ends.
+async fn watch_memory(sandbox: std::sync::Weak<Sandbox>) {
+    let request = NextEventsRequest { timeout_ms: EVENTS_WAIT_MS, ..Default::default() };
+    loop {
+        let Some(agent) = sandbox.upgrade().map(|sandbox| Arc::clone(&sandbox.agent)) else { return };
+        let limit = std::time::Duration::from_millis(EVENTS_WAIT_MS.into()) + scaled_ms(EVENTS_SLACK_MS);
+        let answer = agent.rpc.next_events(context(Some(limit)), &request).await;
+        drop(agent);
+        let Some(sandbox) = sandbox.upgrade() else { return };
+        match answer {
+            Ok(answer) => sandbox.report_memory(answer.events),
+            Err(error) if sandbox.machine.ended().borrow().is_none() => {
+                tracing::warn!(%error, "the agent does not answer");
+                tokio::time::sleep(scaled_ms(1000)).await;
+            }
+            Err(_) => return,
+        }
+    }
+}
+
+fn now() -> Timestamp {
+    Timestamp::now()
+}

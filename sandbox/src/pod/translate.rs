@@ -1,0 +1,361 @@
+//! From the specification that the host's tools wrote to what the guest is asked for.
+//!
+//! Host paths become shares, what names things of the host (devices, processors, namespaces, hooks) is left out or refused, and the rest
+//! goes to the agent as it is.
+
+use std::path::{Path, PathBuf};
+
+use hyper_protocol::MAX_OCI_SPEC_BYTES;
+use hyper_protocol::rpc::agent::{TmpfsSource, mount};
+use serde_json::{Map, Value, json};
+
+use super::PodError;
+use super::live::size_bytes;
+
+/// Most bind mounts of one container: each is a mount in the file server and one in the guest.
+const MAX_MOUNTS: usize = 128;
+/// Annotation with the id of a pod's sandbox.
+const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+/// Devices that a guest has; others of the host are not there.
+const GUEST_DEVICES: [&str; 9] = [
+    "/dev/null",
+    "/dev/zero",
+    "/dev/full",
+    "/dev/random",
+    "/dev/urandom",
+    "/dev/tty",
+    "/dev/console",
+    "/dev/ptmx",
+    "/dev/fuse",
+];
+/// Parts of `linux.resources` that name things of the host.
+const HOST_RESOURCES: [&str; 4] = ["hugepageLimits", "network", "rdma", "intelRdt"];
+/// Namespaces that a container must not share with the host.
+const OWN_NAMESPACES: [(&str, &str); 3] = [
+    ("network", "the host's network (hostNetwork)"),
+    ("pid", "the host's pid namespace (hostPID)"),
+    ("ipc", "the host's IPC namespace (hostIPC)"),
+];
+
+/// A container, as the guest is asked for it.
+#[derive(Debug, PartialEq)]
+pub(super) struct Translated {
+    /// The specification without what the host does.
+    pub(super) oci: Vec<u8>,
+    pub(super) hostname: String,
+    /// Where the root is when no mounts are handed over.
+    pub(super) root: PathBuf,
+    pub(super) root_read_only: bool,
+    pub(super) terminal: bool,
+    /// Rows and columns, if given.
+    pub(super) size: Option<(u32, u32)>,
+    /// In order.
+    pub(super) volumes: Vec<Volume>,
+    /// Container whose pid namespace is joined.
+    pub(super) pid_namespace_of: Option<String>,
+}
+
+/// Something to mount after the kernel's file systems.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Volume {
+    /// A directory or file of the host.
+    Bind { source: PathBuf, destination: String, read_only: bool },
+    /// Memory of the guest.
+    Memory { source: mount::Source, destination: String, read_only: bool },
+}
+
+fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
+    value.pointer(pointer).and_then(Value::as_str).unwrap_or_default()
+}
+
+fn invalid(what: impl Into<String>) -> PodError {
+    PodError::Invalid(what.into())
+}
+
+/// Translates the specification of a container whose bundle is at `bundle`.
+pub(super) fn container(config: &[u8], bundle: &Path) -> Result<Translated, PodError> {
+    if config.len() > MAX_OCI_SPEC_BYTES {
+        return Err(invalid(format!("config.json of {} bytes: at most {MAX_OCI_SPEC_BYTES}", config.len())));
+    }
+    let mut spec: Value =
+        serde_json::from_slice(config).map_err(|error| invalid(format!("config.json: {error}")))?;
+    check_namespaces(&spec)?;
+    let (kernel, volumes) = mounts(&spec)?;
+    let root = bundle.join(text(&spec, "/root/path"));
+    let root_read_only = spec.pointer("/root/readonly").and_then(Value::as_bool).unwrap_or_default();
+    let (terminal, size) = console(spec.get("process").unwrap_or(&Value::Null));
+    let pid_namespace_of = joins_pids(&spec).then(|| text_of_annotation(&spec, SANDBOX_ID)).flatten();
+    let hostname = text(&spec, "/hostname").to_owned();
+    let Some(all) = spec.as_object_mut() else { return Err(invalid("config.json is no object")) };
+    all.insert("mounts".into(), Value::Array(kernel));
+    // Annotations are the agent's own language, which bundles do not speak.
+    for host_only in ["annotations", "hooks", "vm", "windows", "solaris"] {
+        all.remove(host_only);
+    }
+    if let Some(linux) = all.get_mut("linux").and_then(Value::as_object_mut) {
+        guest_linux(linux)?;
+    }
+    let oci = spec.to_string().into_bytes();
+    Ok(Translated { oci, hostname, root, root_read_only, terminal, size, volumes, pid_namespace_of })
+}
+
+/// Whether a process has a terminal, and of which size.
+pub(super) fn console(process: &Value) -> (bool, Option<(u32, u32)>) {
+    let side = |name: &str| {
+        let value = process.pointer(&format!("/consoleSize/{name}"))?.as_u64()?;
+        u32::try_from(value).ok().filter(|n| *n > 0)
+    };
+    let terminal = process.get("terminal").and_then(Value::as_bool).unwrap_or_default();
+    (terminal, side("height").zip(side("width")))
+}
+
+/// The `linux.resources` that the guest can apply.
+pub(super) fn resources(resources: &mut Map<String, Value>) {
+    for host_only in HOST_RESOURCES {
+        resources.remove(host_only);
+    }
+    // The host's processors are not the guest's.
+    if let Some(cpu) = resources.get_mut("cpu").and_then(Value::as_object_mut) {
+        for host_only in ["cpus", "mems", "realtimeRuntime", "realtimePeriod"] {
+            cpu.remove(host_only);
+        }
+    }
+    if let Some(block) = resources.get_mut("blockIO").and_then(Value::as_object_mut) {
+        block.retain(|name, _| name == "weight");
+    }
+    if let Some(unified) = resources.get_mut("unified").and_then(Value::as_object_mut) {
+        unified.retain(|name, _| {
+            name.starts_with("memory.") || name.starts_with("pids.") || name.starts_with("cpu.")
+        });
+    }
+}
+
+fn text_of_annotation(spec: &Value, name: &str) -> Option<String> {
+    spec.get("annotations")?.get(name)?.as_str().map(str::to_owned)
+}
+
+fn namespaces(spec: &Value) -> impl Iterator<Item = (&str, &str)> {
+    let all = spec.pointer("/linux/namespaces").and_then(Value::as_array);
+    all.into_iter().flatten().map(|one| (text(one, "/type"), text(one, "/path")))
+}
+
+fn check_namespaces(spec: &Value) -> Result<(), PodError> {
+    for (kind, what) in OWN_NAMESPACES {
+        if !namespaces(spec).any(|(have, _)| have == kind) {
+            return Err(PodError::Unsupported(what.to_owned()));
+        }
+    }
+    if namespaces(spec).any(|(kind, _)| kind == "user") {
+        return Err(PodError::Unsupported("a user namespace of the host".into()));
+    }
+    Ok(())
+}
+
+/// A pid namespace with a path is that of the pod's sandbox.
+fn joins_pids(spec: &Value) -> bool {
+    namespaces(spec).any(|(kind, path)| kind == "pid" && !path.is_empty())
+}
+
+fn guest_linux(linux: &mut Map<String, Value>) -> Result<(), PodError> {
+    for host_only in
+        ["cgroupsPath", "namespaces", "uidMappings", "gidMappings", "rootfsPropagation", "mountLabel"]
+    {
+        linux.remove(host_only);
+    }
+    let mut privileged = false;
+    if let Some(wish) = linux.get_mut("resources").and_then(Value::as_object_mut) {
+        resources(wish);
+        privileged =
+            wish.get("devices").and_then(Value::as_array).is_some_and(|rules| rules.iter().any(allows_all));
+    }
+    if let Some(devices) = linux.get_mut("devices").and_then(Value::as_array_mut) {
+        let is_guests = |device: &Value| GUEST_DEVICES.contains(&text(device, "/path"));
+        if let Some(foreign) = devices.iter().find(|device| !is_guests(device))
+            && !privileged
+        {
+            let path = text(foreign, "/path").to_owned();
+            return Err(PodError::Unsupported(format!("device {path} of the host")));
+        }
+        // Privileged containers are given every device of the host; what they get are the guest's.
+        devices.retain(is_guests);
+    }
+    Ok(())
+}
+
+fn allows_all(rule: &Value) -> bool {
+    rule.get("allow").and_then(Value::as_bool) == Some(true)
+        && matches!(text(rule, "/type"), "" | "a")
+        && rule.get("major").is_none_or(|major| major.is_null() || major.as_i64() == Some(-1))
+}
+
+/// The kernel's file systems, which come first, and the rest in its order.
+fn mounts(spec: &Value) -> Result<(Vec<Value>, Vec<Volume>), PodError> {
+    let (mut kernel, mut volumes) = (Vec::new(), Vec::new());
+    for one in spec.get("mounts").and_then(Value::as_array).into_iter().flatten() {
+        let options: Vec<&str> = one
+            .get("options")
+            .and_then(Value::as_array)
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str)
+            .collect();
+        let destination = text(one, "/destination");
+        let is_bind = text(one, "/type") == "bind" || options.iter().any(|o| matches!(*o, "bind" | "rbind"));
+        if is_bind {
+            let source = PathBuf::from(text(one, "/source"));
+            if destination == "/dev/shm" {
+                kernel.push(shared_memory(&source));
+                continue;
+            }
+            volumes.push(bind(source, destination, &options)?);
+        } else if text(one, "/type") == "tmpfs" && !volumes.is_empty() {
+            // It may lie in a volume.
+            volumes.push(memory(destination, &options));
+        } else {
+            kernel.push(one.clone());
+        }
+    }
+    if volumes.len() > MAX_MOUNTS {
+        return Err(PodError::Exhausted(format!("{} volumes: at most {MAX_MOUNTS}", volumes.len())));
+    }
+    Ok((kernel, volumes))
+}
+
+/// Shared memory of the guest, as large as the host's.
+fn shared_memory(source: &Path) -> Value {
+    let size = size_bytes(source).unwrap_or(crate::DEFAULT_SHM_BYTES);
+    let size = format!("size={size}");
+    json!({"destination": "/dev/shm", "type": "tmpfs", "source": "shm",
+           "options": ["nosuid", "noexec", "nodev", "mode=1777", size]})
+}
+
+fn bind(source: PathBuf, destination: &str, options: &[&str]) -> Result<Volume, PodError> {
+    if !source.is_absolute() {
+        return Err(invalid(format!("the source of the mount at {destination} is not absolute")));
+    }
+    if ["/proc", "/sys"].iter().any(|kernel| source.starts_with(kernel)) {
+        return Err(PodError::Unsupported(format!("{} of the host as a volume", source.display())));
+    }
+    // The last word counts.
+    let read_only =
+        options.iter().rev().find(|o| matches!(**o, "ro" | "rro" | "rw")).is_some_and(|o| *o != "rw");
+    Ok(Volume::Bind { source, destination: destination.to_owned(), read_only })
+}
+
+fn memory(destination: &str, options: &[&str]) -> Volume {
+    let value = |key: &str| options.iter().rev().find_map(|o| o.strip_prefix(key)?.strip_prefix('='));
+    let tmpfs = TmpfsSource {
+        size_bytes: value("size").and_then(bytes).unwrap_or_default(),
+        mode: value("mode").and_then(|mode| u32::from_str_radix(mode, 8).ok()).unwrap_or_default(),
+        noexec: options.contains(&"noexec"),
+        ..Default::default()
+    };
+    let read_only = options.contains(&"ro");
+    Volume::Memory { source: mount::Source::Tmpfs(tmpfs), destination: destination.to_owned(), read_only }
+}
+
+/// A size as tmpfs takes it.
+fn bytes(text: &str) -> Option<u64> {
+    let (number, unit) = match text.strip_suffix(['k', 'K']) {
+        Some(number) => (number, 10),
+        None => match text.strip_suffix(['m', 'M']) {
+            Some(number) => (number, 20),
+            None => text.strip_suffix(['g', 'G']).map_or((text, 0), |number| (number, 30)),
+        },
+    };
+    number.parse::<u64>().ok()?.checked_shl(unit)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> Value {
+        json!({
+            "process": { "args": ["sh"], "terminal": true, "consoleSize": { "height": 50, "width": 120 } },
+            "root": { "path": "rootfs", "readonly": true },
+            "hostname": "box",
+            "annotations": { "io.kubernetes.cri.sandbox-id": "pod1", "hyper.seccomp": "unconfined" },
+            "hooks": {},
+            "mounts": [
+                { "destination": "/proc", "type": "proc", "source": "proc" },
+                { "destination": "/tmp", "type": "tmpfs", "source": "tmpfs" },
+                { "destination": "/data", "type": "bind", "source": "/srv", "options": ["rbind", "ro"] },
+                { "destination": "/data/tmp", "type": "tmpfs", "options": ["size=64m", "mode=0700", "noexec"] },
+                { "destination": "/dev/shm", "type": "bind", "source": "/nonexistent", "options": ["rbind"] },
+            ],
+            "linux": {
+                "cgroupsPath": "/x",
+                "namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "network", "path": "/var/run/netns/x"}],
+                "resources": {
+                    "cpu": { "cpus": "3", "shares": 512 }, "hugepageLimits": [1], "memory": { "limit": 5 },
+                    "blockIO": { "weight": 7, "throttleReadBpsDevice": [1] },
+                },
+            },
+        })
+    }
+
+    fn translated(spec: &Value) -> Result<Translated, PodError> {
+        container(spec.to_string().as_bytes(), Path::new("/bundle"))
+    }
+
+    #[test]
+    fn what_is_the_hosts_is_taken_out() {
+        let done = translated(&spec()).unwrap();
+        assert_eq!(done.root, Path::new("/bundle/rootfs"));
+        assert!(done.root_read_only && done.terminal);
+        assert_eq!((done.size, done.hostname.as_str()), (Some((50, 120)), "box"));
+        assert_eq!(done.pid_namespace_of, None);
+        let oci: Value = serde_json::from_slice(&done.oci).unwrap();
+        assert_eq!((oci.get("annotations"), oci.get("hooks")), (None, None));
+        assert_eq!(
+            oci["linux"]["resources"],
+            json!({"cpu": {"shares": 512}, "memory": {"limit": 5}, "blockIO": {"weight": 7}})
+        );
+        let kernel: Vec<_> =
+            oci["mounts"].as_array().unwrap().iter().map(|m| text(m, "/destination")).collect();
+        assert_eq!(kernel, ["/proc", "/tmp", "/dev/shm"]);
+        assert_eq!(
+            done.volumes[0],
+            Volume::Bind { source: "/srv".into(), destination: "/data".into(), read_only: true }
+        );
+        let Volume::Memory { source: mount::Source::Tmpfs(tmpfs), .. } = &done.volumes[1] else { panic!() };
+        assert_eq!((tmpfs.size_bytes, tmpfs.mode, tmpfs.noexec), (64 << 20, 0o700, true));
+    }
+
+    #[test]
+    fn the_hosts_namespaces_are_refused_in_words() {
+        for (kind, word) in [("network", "hostNetwork"), ("pid", "hostPID"), ("ipc", "hostIPC")] {
+            let mut spec = spec();
+            spec["linux"]["namespaces"].as_array_mut().unwrap().retain(|one| one["type"] != kind);
+            let refused = translated(&spec).unwrap_err().to_string();
+            assert!(refused.contains(word) && refused.ends_with("is not supported by hyper"), "{refused}");
+        }
+        let mut spec = spec();
+        spec["linux"]["namespaces"][0] = json!({"type": "pid", "path": "/proc/7/ns/pid"});
+        assert_eq!(translated(&spec).unwrap().pid_namespace_of.as_deref(), Some("pod1"));
+    }
+
+    #[test]
+    fn devices_of_the_host_are_refused_unless_privileged() {
+        let mut spec = spec();
+        spec["linux"]["devices"] = json!([{"path": "/dev/fuse"}, {"path": "/dev/sda"}]);
+        assert!(translated(&spec).unwrap_err().to_string().contains("/dev/sda"));
+        spec["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
+        let oci: Value = serde_json::from_slice(&translated(&spec).unwrap().oci).unwrap();
+        assert_eq!(oci["linux"]["devices"], json!([{"path": "/dev/fuse"}]));
+    }
+
+    #[test]
+    fn sources_are_checked() {
+        for source in ["relative", "/proc/1", "/sys/fs/cgroup"] {
+            let mut spec = spec();
+            spec["mounts"][2]["source"] = json!(source);
+            assert!(translated(&spec).is_err(), "{source}");
+        }
+        assert_eq!(
+            (bytes("5"), bytes("2K"), bytes("1g"), bytes("x")),
+            (Some(5), Some(2048), Some(1 << 30), None)
+        );
+    }
+}

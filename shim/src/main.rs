@@ -1,0 +1,97 @@
+//! `containerd-shim-hyper-v2`: containerd's Task and Sandbox API, each pod a virtual machine.
+//!
+//! ```text
+//! containerd --start, in the bundle--> this program --spawns itself--> the pod's shim: serves, owns the machine
+//!            <--address of its socket------/                              | ttrpc: Task v2 and v3, Sandbox v1
+//!            --delete, when the shim is gone--> this program: what is left is cleaned up
+//! ```
+//!
+//! The shim decodes, calls the sandbox, encodes and publishes; what a container is, `hyper_sandbox::pod` knows. One thread: the machine and
+//! the network namespace belong to it.
+//!
+//! Files: `start` and `delete` (the two short-lived actions), `serve` (the long one), `service` (what the services share), `task`,
+//! `sandbox`, `publish` (events), `bundle` (config.json), `encode` (messages), `status` (gRPC codes), `log`.
+
+mod bundle;
+mod delete;
+mod encode;
+mod log;
+mod publish;
+mod sandbox;
+mod serve;
+mod service;
+mod start;
+mod status;
+mod task;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use containerd_shim::Flags;
+
+/// Why an action failed.
+#[derive(Debug, thiserror::Error)]
+enum ShimError {
+    #[error("arguments: {0}")]
+    Arguments(containerd_shim::Error),
+    #[error("{0} is not set: this program is started by containerd")]
+    Environment(&'static str),
+    #[error("cannot {what} {path}: {source}")]
+    Io { what: &'static str, path: String, source: std::io::Error },
+    #[error("{0}")]
+    Bundle(#[from] bundle::BundleError),
+    #[error(transparent)]
+    Sandbox(#[from] hyper_sandbox::SandboxError),
+    #[error("the shim did not start: {0}")]
+    NotStarted(String),
+    #[error("ttrpc: {0}")]
+    Ttrpc(#[from] containerd_shim_protos::ttrpc::Error),
+    #[error("cannot encode an answer: {0}")]
+    Encode(#[from] protobuf::Error),
+}
+
+impl ShimError {
+    fn io(what: &'static str, path: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { what, path, source }
+    }
+}
+
+fn run() -> Result<(), ShimError> {
+    let args: Vec<_> = std::env::args_os().skip(1).collect();
+    let flags = containerd_shim::parse(&args).map_err(ShimError::Arguments)?;
+    if flags.version {
+        return say(&format!("containerd-shim-hyper-v2 {}\n", env!("CARGO_PKG_VERSION")));
+    }
+    match flags.action.as_str() {
+        "start" => say(&start::run(&flags)?),
+        "delete" => {
+            let answer = delete::run(&flags)?;
+            std::io::stdout().write_all(&answer).map_err(ShimError::io("answer on", "standard output"))
+        }
+        _ => serve::run(&flags),
+    }
+}
+
+fn say(text: &str) -> Result<(), ShimError> {
+    let mut out = std::io::stdout();
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .map_err(ShimError::io("answer on", "standard output"))
+}
+
+/// The group that a container belongs to: its pod, or itself alone.
+fn socket_of(flags: &Flags, group: &str) -> String {
+    containerd_shim::socket_address(&flags.address, &flags.namespace, group)
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nobody is left to tell when standard error is gone.
+            drop(writeln!(std::io::stderr(), "containerd-shim-hyper-v2: {error}"));
+            ExitCode::FAILURE
+        }
+    }
+}

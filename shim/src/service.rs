@@ -1,0 +1,146 @@
+//! What the services share: the pod's sandbox, its events, and the wish to end.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use containerd_shim_protos::events::task::{
+    TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed, TaskStart,
+};
+use containerd_shim_protos::ttrpc::{self, Code};
+use hyper_sandbox::Parts;
+use hyper_sandbox::pod::{EventSink, PodEvent, Sandbox, SandboxSpec};
+use tokio::sync::{Mutex, Notify};
+
+use crate::bundle::{Bundle, Size};
+use crate::publish::Publisher;
+use crate::{encode, status};
+
+/// The pod.
+pub(crate) struct Service {
+    run_dir: PathBuf,
+    pub(crate) publisher: Publisher,
+    sandbox: Mutex<Option<Arc<Sandbox>>>,
+    /// Of the machine, once it was started.
+    pid: Arc<AtomicU32>,
+    done: Notify,
+}
+
+impl Service {
+    pub(crate) fn new(run_dir: PathBuf, publisher: Publisher) -> Self {
+        Self { run_dir, publisher, sandbox: Mutex::new(None), pid: Arc::default(), done: Notify::new() }
+    }
+
+    /// The sandbox, started for this container if it is the pod's first.
+    pub(crate) async fn sandbox_for(&self, id: &str, bundle: &Bundle) -> ttrpc::Result<Arc<Sandbox>> {
+        self.start(id, bundle.netns(), bundle.size()).await
+    }
+
+    /// The sandbox, started if it is not there.
+    pub(crate) async fn start(
+        &self,
+        id: &str,
+        netns: Option<PathBuf>,
+        size: Size,
+    ) -> ttrpc::Result<Arc<Sandbox>> {
+        let mut place = self.sandbox.lock().await;
+        if let Some(sandbox) = place.as_ref() {
+            return Ok(Arc::clone(sandbox));
+        }
+        let parts = Parts::locate().map_err(|error| status::of_pod(error.into()))?;
+        // A guest's own name is seen by nobody but its kernel's log.
+        let hostname = id.chars().filter(char::is_ascii_alphanumeric).take(12).collect();
+        let spec = SandboxSpec {
+            hostname,
+            run_dir: self.run_dir.clone(),
+            vcpus: size.vcpus,
+            mem_mib: size.mem_mib,
+            netns,
+            kernel_args: Vec::new(),
+        };
+        tracing::info!(id, vcpus = size.vcpus, mem_mib = size.mem_mib, "starting the machine");
+        let sandbox = Sandbox::start(spec, &parts, self.sink()).await.map_err(status::of_pod)?;
+        self.pid.store(sandbox.pid(), Ordering::SeqCst);
+        *place = Some(Arc::clone(&sandbox));
+        Ok(sandbox)
+    }
+
+    /// The sandbox, if there is one.
+    pub(crate) async fn sandbox(&self) -> ttrpc::Result<Arc<Sandbox>> {
+        let sandbox = self.sandbox.lock().await.clone();
+        sandbox.ok_or_else(|| status::status(Code::NOT_FOUND, "the pod has no machine: not found"))
+    }
+
+    /// Process id of the machine, which stands for all processes in it; 0 when there is none.
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid.load(Ordering::SeqCst)
+    }
+
+    /// Whether containers are left.
+    pub(crate) async fn is_empty(&self) -> bool {
+        self.sandbox.lock().await.as_ref().is_none_or(|sandbox| sandbox.containers().is_empty())
+    }
+
+    /// The shim is to end.
+    pub(crate) fn finish(&self) {
+        self.done.notify_one();
+    }
+
+    /// Waits until it is to end.
+    pub(crate) async fn done(&self) {
+        self.done.notified().await;
+    }
+
+    /// Ends the machine.
+    pub(crate) async fn end(&self) {
+        let sandbox = self.sandbox.lock().await.take();
+        if let Some(sandbox) = sandbox {
+            sandbox.shutdown().await;
+        }
+    }
+
+    fn sink(&self) -> EventSink {
+        let (publisher, pid) = (self.publisher.clone(), Arc::clone(&self.pid));
+        Arc::new(move |event| publish(&publisher, event, pid.load(Ordering::SeqCst)))
+    }
+}
+
+fn publish(publisher: &Publisher, event: PodEvent, pid: u32) {
+    match event {
+        PodEvent::Started { container } => {
+            let event = TaskStart { container_id: container, pid, ..Default::default() };
+            publisher.publish("/tasks/start", &event);
+        }
+        PodEvent::ExecAdded { container, exec } => {
+            let event = TaskExecAdded { container_id: container, exec_id: exec, ..Default::default() };
+            publisher.publish("/tasks/exec-added", &event);
+        }
+        PodEvent::ExecStarted { container, exec } => {
+            let event = TaskExecStarted { container_id: container, exec_id: exec, pid, ..Default::default() };
+            publisher.publish("/tasks/exec-started", &event);
+        }
+        PodEvent::Exited { container, exec, exit } => {
+            // The first process has its container's id.
+            let id = if exec.is_empty() { container.clone() } else { exec };
+            let event = TaskExit {
+                container_id: container,
+                id,
+                pid,
+                exit_status: exit.code,
+                exited_at: encode::time(exit.at),
+                ..Default::default()
+            };
+            publisher.publish("/tasks/exit", &event);
+        }
+        PodEvent::Oom { container } => {
+            publisher.publish("/tasks/oom", &TaskOOM { container_id: container, ..Default::default() });
+        }
+        PodEvent::Paused { container } => {
+            publisher.publish("/tasks/paused", &TaskPaused { container_id: container, ..Default::default() });
+        }
+        PodEvent::Resumed { container } => {
+            publisher
+                .publish("/tasks/resumed", &TaskResumed { container_id: container, ..Default::default() });
+        }
+    }
+}

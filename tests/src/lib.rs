@@ -5,6 +5,7 @@
 #![expect(clippy::panic, reason = "assertions of the cases; a panic is how a case fails")]
 
 mod container;
+mod containerd;
 mod program;
 mod registry;
 mod scratch;
@@ -14,6 +15,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 pub use container::{Container, detached};
+pub use containerd::{Containerd, RUNTIME};
 pub use program::{Done, Run, Running, host, hyper};
 pub use registry::{AUTH_REGISTRY, REGISTRY, SECRET, USER, image, registry, registry_with_password};
 pub use scratch::Scratch;

@@ -12,7 +12,7 @@ use protobuf::MessageField;
 use serde_json::Value;
 use tokio::time::timeout;
 
-use super::io::{Ends, StdioPaths};
+use super::io::{Ends, Input, StdioPaths};
 use super::live::LiveMount;
 use super::mounts::RootMount;
 use super::process::{Inner, Phase, Process, ProcessExit, ProcessStatus, Surroundings, watch_over};
@@ -162,8 +162,13 @@ impl Sandbox {
         let program = program(request.oci_spec.as_slice(), "/process/args/0");
         let limit = context(Some(scaled_ms(CREATE_MS)));
         self.call("CreateContainer", self.agent.rpc.create_container(limit, &request)).await?;
-        let inner =
-            Inner { phase: Phase::Created, ends: None, wish: None, keeper: pumps.keeper.take(), size };
+        let inner = Inner {
+            phase: Phase::Created,
+            ends: None,
+            wish: None,
+            input: std::mem::take(&mut pumps.input),
+            size,
+        };
         let process = Process::new("", program, wish.stdio, inner);
         let container = Arc::new(PodContainer {
             id: wish.id,
@@ -222,8 +227,13 @@ impl Sandbox {
             .map_err(|error| PodError::Invalid(format!("the process of {exec}: {error}")))?;
         let ends = Ends::open(&stdio)?;
         let (_, size) = translate::console(&wish);
-        let inner =
-            Inner { phase: Phase::Added, ends: Some(ends), wish: Some(process.to_vec()), keeper: None, size };
+        let inner = Inner {
+            phase: Phase::Added,
+            ends: Some(ends),
+            wish: Some(process.to_vec()),
+            input: Input::default(),
+            size,
+        };
         let added = Process::new(exec, program(process, "/args/0"), stdio, inner);
         {
             let mut processes = held(&container.processes);
@@ -264,7 +274,11 @@ impl Sandbox {
             process.inner().phase = Phase::Failed;
             return Err(PodError::Invalid(format!("exec: {:?}: {}", process.program, started.error)));
         }
-        process.inner().phase = Phase::Running;
+        {
+            let mut inner = process.inner();
+            inner.phase = Phase::Running;
+            inner.input.begin();
+        }
         let (container, exec) = (id.to_owned(), exec.to_owned());
         let event = match exec.as_str() {
             "" => PodEvent::Started { container },
@@ -296,7 +310,7 @@ impl Sandbox {
         {
             let mut inner = process.inner();
             inner.phase = Phase::Created;
-            inner.keeper = pumps.keeper.take();
+            inner.input = std::mem::take(&mut pumps.input);
         }
         tokio::spawn(watch_over(self.around(), Arc::clone(container), Arc::clone(process), pumps));
         Ok(())
@@ -374,7 +388,7 @@ impl Sandbox {
     pub fn close_stdin(&self, id: &str, exec: &str) -> Result<(), PodError> {
         let process = self.container(id)?.process(exec)?;
         let mut inner = process.inner();
-        inner.keeper = None;
+        inner.input.close();
         if let Some(ends) = &mut inner.ends {
             ends.close_stdin();
         }

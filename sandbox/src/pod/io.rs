@@ -4,10 +4,12 @@
 //! restarted containerd) loses nothing. Standard input ends when the caller says so, after what it has written.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use hyper_protocol::rpc::agent::Stdio;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::unix::pipe;
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -75,9 +77,29 @@ enum Sink {
 #[derive(Debug, Default)]
 pub(super) struct Pumps {
     outputs: JoinSet<()>,
-    input: JoinSet<()>,
-    /// Keeps standard input open.
-    pub(super) keeper: Option<pipe::Sender>,
+    feeder: JoinSet<()>,
+    /// Standard input, until the process is started.
+    pub(super) input: Input,
+}
+
+/// What holds standard input open, and lets it begin.
+#[derive(Debug, Default)]
+pub(super) struct Input {
+    keeper: Option<pipe::Sender>,
+    begin: Arc<Notify>,
+}
+
+impl Input {
+    /// The process runs: what was written is passed on. Not before, so that whoever writes finds a full pipe as with any process that does
+    /// not read, and not its end.
+    pub(super) fn begin(&self) {
+        self.begin.notify_one();
+    }
+
+    /// No more will be written by those who have not opened the FIFO yet.
+    pub(super) fn close(&mut self) {
+        self.keeper = None;
+    }
 }
 
 impl Ends {
@@ -121,8 +143,8 @@ impl Ends {
         if let Some((reader, keeper)) = self.stdin {
             let (id, stream) = agent.open_stream().await?;
             stdio.stdin = id;
-            pumps.keeper = keeper;
-            pumps.input.spawn(feed(reader, stream));
+            pumps.input.keeper = keeper;
+            pumps.feeder.spawn(feed(reader, stream, Arc::clone(&pumps.input.begin)));
         }
         for (sink, id) in [(self.stdout, &mut stdio.stdout), (self.stderr, &mut stdio.stderr)] {
             if let Some(sink) = sink {
@@ -153,7 +175,7 @@ fn sink(uri: &str) -> Result<Option<Sink>, PodError> {
 impl Pumps {
     /// Waits until the last output has been taken, for a while; the FIFOs are closed then.
     pub(super) async fn finish(mut self) {
-        self.input.abort_all();
+        self.feeder.abort_all();
         let all = async { while self.outputs.join_next().await.is_some() {} };
         if timeout(scaled_ms(LAST_OUTPUT_MS), all).await.is_err() {
             tracing::warn!("nobody reads the last output");
@@ -162,7 +184,8 @@ impl Pumps {
 }
 
 /// Standard input, to its end.
-async fn feed(mut from: pipe::Receiver, stream: Stream) {
+async fn feed(mut from: pipe::Receiver, stream: Stream, begin: Arc<Notify>) {
+    begin.notified().await;
     // The read half is kept: without it the agent would take the stream for closed.
     let (_read, mut to) = stream.into_split();
     if let Err(error) = copy(&mut from, &mut to).await {
@@ -234,7 +257,9 @@ mod tests {
         let paths = StdioPaths { stdin: path.display().to_string(), ..Default::default() };
         let (reader, keeper) = Ends::open(&paths).unwrap().stdin.unwrap();
         let (near, mut far) = Stream::pair().unwrap();
-        let feeding = tokio::spawn(feed(reader, near));
+        let begin = Arc::new(Notify::new());
+        begin.notify_one();
+        let feeding = tokio::spawn(feed(reader, near, begin));
         let mut writer = pipe::OpenOptions::new().open_sender(&path).unwrap();
         writer.write_all(b"hello").await.unwrap();
         drop(writer);

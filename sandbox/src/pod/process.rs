@@ -9,12 +9,11 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use hyper_protocol::rpc::agent::{ExitStatus, ProcessRef};
-use tokio::net::unix::pipe;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::container::PodContainer;
-use super::io::{Ends, Pumps, StdioPaths};
+use super::io::{Ends, Input, Pumps, StdioPaths};
 use super::{EventSink, PodEvent, held, now, until_ended};
 use crate::clock::Timestamp;
 use crate::launch::{Agent, context, scaled_ms};
@@ -66,8 +65,8 @@ pub(super) struct Inner {
     pub(super) ends: Option<Ends>,
     /// OCI process object of an exec, until it is created.
     pub(super) wish: Option<Vec<u8>>,
-    /// Keeps standard input open.
-    pub(super) keeper: Option<pipe::Sender>,
+    /// Standard input.
+    pub(super) input: Input,
     /// Rows and columns of its terminal.
     pub(super) size: Option<(u32, u32)>,
 }
@@ -116,7 +115,7 @@ impl Process {
     fn end(&self, exit: ProcessExit) -> bool {
         let was = {
             let mut inner = self.inner();
-            inner.keeper = None;
+            inner.input.close();
             std::mem::replace(&mut inner.phase, Phase::Stopped)
         };
         self.exit.send_replace(Some(exit));
@@ -198,7 +197,8 @@ mod tests {
 
     #[tokio::test]
     async fn commands_that_never_ran_have_no_exit_event() {
-        let inner = || Inner { phase: Phase::Running, ends: None, wish: None, keeper: None, size: None };
+        let inner =
+            || Inner { phase: Phase::Running, ends: None, wish: None, input: Input::default(), size: None };
         let exit = ProcessExit { code: 1, at: now() };
         let ran = Process::new("", "sh".into(), StdioPaths::default(), inner());
         assert!(ran.end(exit));

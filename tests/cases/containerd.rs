@@ -32,7 +32,7 @@ fn task_goes_through_its_life() {
     containerd.wait_for_status("life", "STOPPED");
     // Idempotent, as with runc: a task that has ended is not found.
     containerd.ctr("task kill life").fails(1);
-    containerd.ctr("task rm life").fails(137);
+    containerd.ctr("task rm life").ok();
     containerd.ctr("container rm life").ok();
     containerd.leaves_nothing();
 }
@@ -50,7 +50,7 @@ fn events_come_in_order() {
     containerd.ctr("task resume order").ok();
     containerd.ctr("task kill -s SIGKILL order").ok();
     containerd.wait_for_status("order", "STOPPED");
-    containerd.ctr("task rm order").fails(137);
+    containerd.ctr("task rm order").ok();
     let seen = wait_for("the last event", || {
         let text = std::fs::read_to_string(&log).unwrap_or_default();
         text.contains("/tasks/delete").then_some(text)
@@ -156,7 +156,7 @@ fn killed_machine_is_an_exit() {
     containerd.run("-d @busybox victim sleep 1000").ok();
     host(&format!("kill -9 {}", containerd.pid("victim"))).ok();
     containerd.wait_for_status("victim", "STOPPED");
-    containerd.ctr("task rm victim").fails(137);
+    containerd.ctr("task rm victim").ok();
     containerd.ctr("container rm victim").ok();
     containerd.leaves_nothing();
 }
@@ -179,6 +179,6 @@ fn containerd_comes_back_to_running_pods() {
     containerd.restart();
     assert_eq!(containerd.status("stays"), "RUNNING");
     containerd.ctr("task exec --exec-id e1 stays echo still here").ok().says("still here");
-    containerd.ctr("task rm -f stays").fails(137);
+    containerd.ctr("task rm -f stays").ok();
     containerd.leaves_nothing();
 }

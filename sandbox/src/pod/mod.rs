@@ -32,6 +32,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hyper_protocol::rpc::agent::{NextEventsRequest, sandbox_event};
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use self::container::PodContainer;
 use self::live::LiveShare;
@@ -47,7 +48,10 @@ pub use self::io::StdioPaths;
 pub use self::live::clean;
 pub use self::mounts::{RootMount, private_mounts};
 pub use self::process::{ProcessExit, ProcessStatus};
+pub use self::translate::check;
 
+/// How long the VMM may take to say how the machine ended, after the agent's connection broke.
+const END_MS: u64 = 5_000;
 /// How long one request for events waits; the next one follows at once.
 const EVENTS_WAIT_MS: u32 = 60_000;
 /// How much longer its answer may take.
@@ -213,10 +217,20 @@ impl Sandbox {
         call: &'static str,
         answer: impl Future<Output = ttrpc::Result<T>>,
     ) -> Result<T, PodError> {
-        tokio::select! {
+        let answer = tokio::select! {
             biased;
-            answer = answer => answer.map_err(|error| PodError::of_agent(call, error)),
-            end = self.ended() => Err(PodError::Ended(end)),
+            end = self.ended() => return Err(PodError::Ended(end)),
+            answer = answer => answer,
+        };
+        match answer {
+            Err(error) if !matches!(error, ttrpc::Error::RpcStatus(_)) => {
+                // The connection breaks before the VMM says how the machine ended.
+                match timeout(scaled_ms(END_MS), self.ended()).await {
+                    Ok(end) => Err(PodError::Ended(end)),
+                    Err(_) => Err(PodError::of_agent(call, error)),
+                }
+            }
+            answer => answer.map_err(|error| PodError::of_agent(call, error)),
         }
     }
 

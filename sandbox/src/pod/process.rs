@@ -14,13 +14,11 @@ use tokio::time::timeout;
 
 use super::container::PodContainer;
 use super::io::{Ends, Input, Pumps, StdioPaths};
-use super::{EventSink, PodEvent, held, now, until_ended};
+use super::{END_MS, EventSink, PodEvent, held, now, until_ended};
 use crate::clock::Timestamp;
 use crate::launch::{Agent, context, scaled_ms};
 use crate::store::LOST_EXIT_CODE;
 
-/// How long the VMM may take to say how the machine ended, after the agent's connection broke.
-const END_MS: u64 = 5_000;
 /// How long the other processes of a container may take to end with its first one.
 const OTHERS_MS: u64 = 5_000;
 

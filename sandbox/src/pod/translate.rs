@@ -72,6 +72,14 @@ fn invalid(what: impl Into<String>) -> PodError {
     PodError::Invalid(what.into())
 }
 
+/// Refuses a specification that asks for what no guest has, before a machine is started for it.
+///
+/// # Errors
+/// It cannot be read, or what it asks for.
+pub fn check(config: &[u8], bundle: &Path) -> Result<(), PodError> {
+    container(config, bundle).map(drop)
+}
+
 /// Translates the specification of a container whose bundle is at `bundle`.
 pub(super) fn container(config: &[u8], bundle: &Path) -> Result<Translated, PodError> {
     if config.len() > MAX_OCI_SPEC_BYTES {

@@ -126,9 +126,20 @@ pub(crate) fn create_plan(
     })
 }
 
+/// Tags and paths of all shares that a plan uses.
+pub(crate) fn shares(plan: &CreatePlan) -> Vec<(String, String)> {
+    let volumes = plan.volumes.iter().filter_map(|volume| match &volume.source {
+        VolumeSource::Share { tag, path } => Some((tag.clone(), path.clone())),
+        VolumeSource::Tmpfs { .. } => None,
+    });
+    plan.root_share.iter().cloned().chain(volumes).collect()
+}
+
 /// Tag and path, checked.
 fn share(share: ShareSource) -> Result<(String, String), AgentError> {
-    if share.tag.is_empty() || share.tag.len() > MAX_TAG_BYTES || share.tag.contains('\0') {
+    // It becomes the name of a folder.
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_');
+    if share.tag.is_empty() || share.tag.len() > MAX_TAG_BYTES || !share.tag.bytes().all(plain) {
         return Err(AgentError::invalid(format!("share tag {:?}", share.tag)));
     }
     absolute("path of a share", &format!("/{}", share.path))?;
@@ -224,6 +235,7 @@ mod tests {
         };
         assert!(volume(share("hyper", "0")).is_ok());
         assert!(volume(share("", "0")).is_err());
+        assert!(volume(share("../x", "0")).is_err());
         assert!(volume(share("hyper", "a\0")).is_err());
         assert!(volume(Mount { destination: "/x".to_owned(), ..Mount::default() }).is_err());
         let tmpfs = Some(mount::Source::Tmpfs(TmpfsSource::default()));

@@ -1,6 +1,6 @@
 //! All that the agent knows of its sandbox, and how it ends.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -34,6 +34,8 @@ pub(crate) struct Sandbox {
     containers: Mutex<BTreeMap<String, Slot>>,
     configured: AtomicBool,
     prepared: AtomicBool,
+    /// Tags of the shares that are mounted.
+    shares: tokio::sync::Mutex<BTreeSet<String>>,
     /// Rung when the machine is to end.
     pub end: Notify,
 }
@@ -114,6 +116,24 @@ impl Sandbox {
             std::fs::create_dir_all(dir).tried(|| format!("make {dir}"))?;
         }
         self.prepared.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Mounts shares, each once, for the namespaces of containers to inherit. A share's folder that is a mount of its own on the host
+    /// becomes one here when it is first walked through: that too happens here, for the kernel would give a second mount of the tag
+    /// the file system of such a folder, and containers that share a folder are to share its pages.
+    ///
+    /// # Errors
+    /// A tag that no device has, or too many.
+    pub(crate) async fn mount_shares(&self, wanted: Vec<(String, String)>) -> Result<(), AgentError> {
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let mut mounted = self.shares.lock().await;
+        let have = mounted.clone();
+        let work = tokio::task::spawn_blocking(move || rootfs::mount_shares(&have, &wanted));
+        let new = work.await.map_err(|_| AgentError::state("the thread that mounts shares is gone"))??;
+        mounted.extend(new);
         Ok(())
     }
 

@@ -121,6 +121,7 @@ impl AgentService {
             other => Some(self.sandbox.container(other)?),
         };
         let plan = request::create_plan(request, spec, &cgroup)?;
+        self.sandbox.mount_shares(request::shares(&plan)).await?;
         let connections = Connections::claim(&self.sandbox.streams, ids).await?;
         let surroundings = (cgroup, shared_pids.as_deref());
         let container = Container::create(&id, &self.sandbox.reaper, plan, connections, surroundings).await?;

@@ -120,7 +120,7 @@ fn node(root: BorrowedFd<'_>, device: &DeviceSpec) -> Result<(), AgentError> {
 /// Mounts shares and memory.
 #[derive(Debug, Default)]
 pub(crate) struct Volumes {
-    /// Root of each share that was mounted, by tag.
+    /// Root of each share that was opened, by tag.
     shares: HashMap<String, OwnedFd>,
 }
 
@@ -180,17 +180,14 @@ impl Volumes {
         fs::attach(mount.as_fd(), place.as_fd()).tried(|| "mount a share".to_owned())
     }
 
-    /// Opens a folder or file of a share, mounting the share when it is the first.
+    /// Opens a folder or file of a share, which the agent has mounted.
     ///
     /// # Errors
     /// A tag that is none, or a path that is not there.
     pub(crate) fn open_share(&mut self, tag: &str, path: &str) -> Result<OwnedFd, AgentError> {
         if !self.shares.contains_key(tag) {
-            // A second tag covers the first one's mount, which its descriptor still reaches.
-            mount(tag, rootfs::SHARE_DIR, "virtiofs", MountFlags::NODEV, None)
-                .tried(|| format!("mount virtio-fs share {tag}"))?;
             let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-            let share = rustix::fs::open(rootfs::SHARE_DIR, flags, Mode::empty())
+            let share = rustix::fs::open(format!("{}/{tag}", rootfs::SHARE_DIR), flags, Mode::empty())
                 .tried(|| format!("open share {tag}"))?;
             self.shares.insert(tag.to_owned(), share);
         }

@@ -3,6 +3,7 @@
 //! Everything is mounted in the container's own mount namespace, so that all of it goes when the container goes: there is nothing
 //! to undo.
 
+use std::collections::BTreeSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
@@ -62,6 +63,33 @@ pub(crate) fn bind(folder: BorrowedFd<'_>) -> Result<OwnedFd, AgentError> {
     fs::attach(mount.as_fd(), place.as_fd()).tried(|| "mount the root's share".to_owned())?;
     drop(place);
     open_root()
+}
+
+/// Mounts the shares that are wanted and not there, and walks through the folders that lead to what is wanted in them. Returns the tags
+/// that are new. Works on the agent's own mounts.
+///
+/// # Errors
+/// What the kernel answers.
+pub(crate) fn mount_shares(
+    have: &BTreeSet<String>,
+    wanted: &[(String, String)],
+) -> Result<BTreeSet<String>, AgentError> {
+    let mut new = BTreeSet::new();
+    for (tag, path) in wanted {
+        let place = format!("{SHARE_DIR}/{tag}");
+        if !have.contains(tag) && !new.contains(tag) {
+            make_dir(&place)?;
+            mount(tag.as_str(), place.as_str(), "virtiofs", MountFlags::NODEV, None)
+                .tried(|| format!("mount virtio-fs share {tag}"))?;
+            new.insert(tag.clone());
+        }
+        if let Some((folder, _)) = path.trim_start_matches('/').rsplit_once('/') {
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            // What is not there is for the container's own program to say.
+            let _ = rustix::fs::open(format!("{place}/{folder}/."), flags, Mode::empty());
+        }
+    }
+    Ok(new)
 }
 
 fn open_root() -> Result<OwnedFd, AgentError> {

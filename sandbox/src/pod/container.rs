@@ -12,6 +12,7 @@ use protobuf::MessageField;
 use serde_json::Value;
 use tokio::time::timeout;
 
+use super::hooks::{Hooks, Moment};
 use super::io::{Ends, Input, StdioPaths};
 use super::live::LiveMount;
 use super::mounts::RootMount;
@@ -64,8 +65,9 @@ pub(super) struct PodContainer {
     bundle: PathBuf,
     processes: Mutex<BTreeMap<String, Arc<Process>>>,
     paused: Mutex<bool>,
+    hooks: Hooks,
     /// Its root and volumes; undone with it.
-    _mounts: Vec<LiveMount>,
+    _mounts: Vec<Arc<LiveMount>>,
 }
 
 impl PodContainer {
@@ -162,6 +164,13 @@ impl Sandbox {
         let program = program(request.oci_spec.as_slice(), "/process/args/0");
         let limit = context(Some(scaled_ms(CREATE_MS)));
         self.call("CreateContainer", self.agent.rpc.create_container(limit, &request)).await?;
+        let about = (wish.id.as_str(), self.pid(), wish.bundle.as_path());
+        if let Err(error) = translated.hooks.run(Moment::Create, about, &self.host).await {
+            let request = reference(&wish.id);
+            // What was made is undone; the hook's words are what is told.
+            let _ = self.call("DeleteContainer", self.agent.rpc.delete_container(call(), &request)).await;
+            return Err(error);
+        }
         let inner = Inner {
             phase: Phase::Created,
             ends: None,
@@ -175,6 +184,7 @@ impl Sandbox {
             bundle: wish.bundle,
             processes: Mutex::new(BTreeMap::from([(String::new(), Arc::clone(&process))])),
             paused: Mutex::new(false),
+            hooks: translated.hooks,
             _mounts: mounts,
         });
         announce();
@@ -187,7 +197,7 @@ impl Sandbox {
         &self,
         translated: &Translated,
         request: &mut CreateContainerRequest,
-        mounts: &mut Vec<LiveMount>,
+        mounts: &mut Vec<Arc<LiveMount>>,
     ) -> Result<(), PodError> {
         for volume in &translated.volumes {
             let (source, destination, read_only) = match volume {
@@ -278,6 +288,13 @@ impl Sandbox {
             let mut inner = process.inner();
             inner.phase = Phase::Running;
             inner.input.begin();
+        }
+        if exec.is_empty() {
+            let about = (id, self.pid(), container.bundle.as_path());
+            // It runs: a hook that fails is told, no more (runtime specification, lifecycle step 8).
+            if let Err(error) = container.hooks.run(Moment::Started, about, &self.host).await {
+                tracing::warn!(id, %error, "poststart");
+            }
         }
         let (container, exec) = (id.to_owned(), exec.to_owned());
         let event = match exec.as_str() {
@@ -518,6 +535,10 @@ impl Sandbox {
         let ended = timeout(scaled_ms(DELETED_MS), exits.wait_for(Option::is_some)).await;
         let exit = ended.ok().and_then(|exit| *exit.ok()?).unwrap_or(never);
         held(&self.containers).remove(id);
+        let about = (id, 0, container.bundle.as_path());
+        if let Err(error) = container.hooks.run(Moment::Stopped, about, &self.host).await {
+            tracing::warn!(id, %error, "poststop");
+        }
         Ok(exit)
     }
 }

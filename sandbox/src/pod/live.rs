@@ -3,10 +3,11 @@
 //! The share is a tmpfs that propagates: what is mounted below it appears in the file server, with the attributes that it was given
 //! here. Read-only is such an attribute, so the host's kernel refuses writes, whatever the guest believes.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
 
 use hyper_protocol::SHARE_TAG;
 use hyper_protocol::rpc::agent::ShareSource;
@@ -16,8 +17,8 @@ use rustix::mount::{
     open_tree,
 };
 
-use super::PodError;
 use super::mounts::{RootMount, mount_root, unmount_all};
+use super::{PodError, held};
 use crate::launch::SharePlan;
 use crate::sys;
 
@@ -34,6 +35,8 @@ const LIVE_DIR: &str = "live";
 pub(super) struct LiveShare {
     dir: Arc<PathBuf>,
     next: AtomicU64,
+    /// What is bound: containers that share a volume share its pages in the guest.
+    bound: Mutex<BTreeMap<Source, Weak<LiveMount>>>,
     /// Goes after the mounts.
     _run_dir: RunDir,
 }
@@ -64,6 +67,9 @@ pub fn clean(run_dir: &Path) {
     }
 }
 
+/// What was bound: device and inode, and whether it is read-only.
+type Source = (u64, u64, bool);
+
 /// Something in it, taken out again when this is dropped.
 #[derive(Debug)]
 pub(super) struct LiveMount {
@@ -82,7 +88,8 @@ impl LiveShare {
         let flags = MountFlags::NODEV | MountFlags::NOSUID | MountFlags::NOEXEC;
         // Mount points only.
         mount("hyper", dir.as_path(), "tmpfs", flags, Some(c"mode=0755,size=1m")).map_err(fail)?;
-        let share = Self { dir: Arc::new(dir), next: AtomicU64::new(0), _run_dir: undo };
+        let share =
+            Self { dir: Arc::new(dir), next: AtomicU64::new(0), bound: Mutex::default(), _run_dir: undo };
         mount_change(share.dir.as_path(), MountPropagationFlags::SHARED)
             .map_err(|errno| PodError::io("make a share at", share.dir.as_path(), errno))?;
         Ok(share)
@@ -99,17 +106,23 @@ impl LiveShare {
     }
 
     /// Mounts a root.
-    pub(super) fn root(&self, mounts: &[RootMount]) -> Result<LiveMount, PodError> {
+    pub(super) fn root(&self, mounts: &[RootMount]) -> Result<Arc<LiveMount>, PodError> {
         let place = self.place();
         let path = place.path();
         std::fs::create_dir(&path).map_err(|source| PodError::io("make", &path, source))?;
         mount_root(mounts, &path)?;
-        Ok(place)
+        Ok(Arc::new(place))
     }
 
     /// Binds a directory or file of the host, with what is mounted below it.
-    pub(super) fn bind(&self, source: &Path, read_only: bool) -> Result<LiveMount, PodError> {
+    pub(super) fn bind(&self, source: &Path, read_only: bool) -> Result<Arc<LiveMount>, PodError> {
         let kind = rustix::fs::stat(source).map_err(|errno| PodError::io("share", source, errno))?;
+        let mut bound = held(&self.bound);
+        bound.retain(|_, mount| mount.strong_count() > 0);
+        let key = (kind.st_dev, kind.st_ino, read_only);
+        if let Some(same) = bound.get(&key).and_then(Weak::upgrade) {
+            return Ok(same);
+        }
         let place = self.place();
         let path = place.path();
         match FileType::from_raw_mode(kind.st_mode) {
@@ -124,6 +137,8 @@ impl LiveShare {
         }
         .map_err(|error| PodError::io("make", &path, error))?;
         bind_at(source, &path, read_only, true)?;
+        let place = Arc::new(place);
+        bound.insert(key, Arc::downgrade(&place));
         Ok(place)
     }
 }

@@ -13,10 +13,11 @@
 //! machine live as long as their descriptors. Whoever calls owns the ids and the bundles.
 //!
 //! Files: `live` (what the guest sees of the host's files), `mounts` (rootfs), `translate` (OCI specification of the host to that of
-//! the guest), `netns` (interfaces, TAPs, redirection), `rtnetlink`, `io` (FIFOs), `process`, `container`, `machine`, `error`.
+//! the guest), `netns` (interfaces, TAPs, redirection), `rtnetlink`, `io` (FIFOs), `process`, `container`, `machine`, `hooks`, `error`.
 
 mod container;
 mod error;
+mod hooks;
 mod io;
 mod live;
 mod machine;
@@ -37,7 +38,7 @@ use tokio::time::timeout;
 use self::container::PodContainer;
 use self::live::LiveShare;
 use self::machine::Machine;
-use self::netns::PodNetwork;
+use self::netns::{HostNetwork, PodNetwork};
 use crate::clock::Timestamp;
 use crate::dirs::Parts;
 use crate::launch::{Agent, context, scaled_ms};
@@ -131,6 +132,7 @@ pub struct Sandbox {
     machine: Machine,
     agent: Arc<Agent>,
     live: LiveShare,
+    host: Arc<HostNetwork>,
     network: tokio::sync::Mutex<PodNetwork>,
     containers: Mutex<BTreeMap<String, Option<Arc<PodContainer>>>>,
     events: EventSink,
@@ -157,6 +159,7 @@ impl Sandbox {
             machine,
             agent,
             live,
+            host: Arc::clone(&network.host),
             network: tokio::sync::Mutex::new(network),
             containers: Mutex::new(BTreeMap::new()),
             events,

@@ -11,7 +11,9 @@
 use std::fs::File;
 use std::io;
 use std::net::IpAddr;
+use std::os::fd::AsFd;
 use std::path::Path;
+use std::sync::Arc;
 
 use hyper_protocol::rpc::agent::{ConfigureNetworkRequest, Interface, Neighbour, Route};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
@@ -75,11 +77,38 @@ pub(super) struct PodNetwork {
     taps: Vec<Tap>,
     /// The guest knows it.
     pub(super) configured: bool,
+    pub(super) host: Arc<HostNetwork>,
 }
 
 fn refused(what: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkError {
     let what = what.into();
     move |source| NetworkError::Namespace { what, source }
+}
+
+/// The network namespace in which this program was started.
+#[derive(Debug)]
+pub(super) struct HostNetwork(File);
+
+impl HostNetwork {
+    /// That of this thread, now.
+    pub(super) fn current() -> Result<Self, PodError> {
+        let path = "/proc/thread-self/ns/net";
+        File::open(path).map(Self).map_err(|source| PodError::io("open", path, source))
+    }
+
+    /// Does something in it, such as starting a program, and comes back.
+    pub(super) fn within<T>(&self, what: impl FnOnce() -> T) -> Result<T, PodError> {
+        let here = Self::current()?;
+        self.go()?;
+        let done = what();
+        here.go()?;
+        Ok(done)
+    }
+
+    fn go(&self) -> Result<(), PodError> {
+        move_into_link_name_space(self.0.as_fd(), Some(LinkNameSpaceType::Network))
+            .map_err(|errno| refused("change the network namespace")(errno.into()).into())
+    }
 }
 
 /// Moves this thread into the namespace, or into a new one. What it starts from now on is in it.
@@ -89,8 +118,7 @@ fn enter(netns: Option<&Path>) -> Result<(), PodError> {
         Some(path) => {
             let file = File::open(path)
                 .map_err(|source| PodError::io("open the network namespace", path, source))?;
-            let kind = Some(LinkNameSpaceType::Network);
-            move_into_link_name_space(std::os::fd::AsFd::as_fd(&file), kind)
+            move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))
                 .map_err(|errno| PodError::io("enter the network namespace", path, errno))
         }
         None => rustix::thread::unshare(UnshareFlags::NEWNET)
@@ -101,9 +129,10 @@ fn enter(netns: Option<&Path>) -> Result<(), PodError> {
 impl PodNetwork {
     /// Enters the namespace and makes a TAP for each of its interfaces.
     pub(super) fn enter(netns: Option<&Path>) -> Result<(Self, Vec<NetPlan>), PodError> {
+        let host = Arc::new(HostNetwork::current()?);
         enter(netns)?;
         let socket = Socket::open().map_err(refused("ask for the interfaces of the pod"))?;
-        let mut network = Self { socket, taps: Vec::new(), configured: false };
+        let mut network = Self { socket, taps: Vec::new(), configured: false, host };
         let mut plans = Vec::new();
         let links = network.links()?;
         for link in &links {

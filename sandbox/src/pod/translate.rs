@@ -10,6 +10,7 @@ use hyper_protocol::rpc::agent::{TmpfsSource, mount};
 use serde_json::{Map, Value, json};
 
 use super::PodError;
+use super::hooks::Hooks;
 use super::live::size_bytes;
 
 /// Most bind mounts of one container: each is a mount in the file server and one in the guest.
@@ -53,6 +54,8 @@ pub(super) struct Translated {
     pub(super) volumes: Vec<Volume>,
     /// Container whose pid namespace is joined.
     pub(super) pid_namespace_of: Option<String>,
+    /// What runs on the host.
+    pub(super) hooks: Hooks,
 }
 
 /// Something to mount after the kernel's file systems.
@@ -94,6 +97,7 @@ pub(super) fn container(config: &[u8], bundle: &Path) -> Result<Translated, PodE
     let (terminal, size) = console(spec.get("process").unwrap_or(&Value::Null));
     let pid_namespace_of = joins_pids(&spec).then(|| text_of_annotation(&spec, SANDBOX_ID)).flatten();
     let hostname = text(&spec, "/hostname").to_owned();
+    let hooks = Hooks::parse(&spec)?;
     let Some(all) = spec.as_object_mut() else { return Err(invalid("config.json is no object")) };
     all.insert("mounts".into(), Value::Array(kernel));
     // Annotations are the agent's own language, which bundles do not speak.
@@ -104,7 +108,7 @@ pub(super) fn container(config: &[u8], bundle: &Path) -> Result<Translated, PodE
         guest_linux(linux)?;
     }
     let oci = spec.to_string().into_bytes();
-    Ok(Translated { oci, hostname, root, root_read_only, terminal, size, volumes, pid_namespace_of })
+    Ok(Translated { oci, hostname, root, root_read_only, terminal, size, volumes, pid_namespace_of, hooks })
 }
 
 /// Whether a process has a terminal, and of which size.

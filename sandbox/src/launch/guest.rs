@@ -28,9 +28,10 @@ use crate::dirs::Parts;
 use crate::state::BootTimeline;
 
 /// How long the VMM may take to build the machine.
-const BUILD_MS: u64 = 10_000;
-/// How long the guest may take from there to the doorbell.
-const DOORBELL_MS: u64 = 10_000;
+const BUILD_MS: u64 = 30_000;
+/// How long the guest may take from there to the doorbell: it needs a tenth of a second of processor time, which may be a minute on a
+/// host where hundreds start at once. A guest that has died is noticed at once.
+const DOORBELL_MS: u64 = 60_000;
 /// How long the guest may take to end in order: it writes its disks back.
 const SHUTDOWN_MS: u64 = 10_000;
 /// How long the VMM may take to end when it is asked.

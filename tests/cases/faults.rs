@@ -4,7 +4,7 @@ use hyper_tests::{Scratch, detached, given, host, hyper, image, wait_for};
 
 /// What of ours is left in the machine: processes, taps, mounts.
 fn left_over() -> String {
-    host("pgrep -a 'hyper-vmm|hyper-fs'; pgrep -fa 'hyper supervise'; ip -o link | grep -o 'hy[0-9a-f]\\{8\\}'; \
+    host("pgrep -a 'hyper-vmm|hyper-fs'; pgrep -fa '[h]yper supervise'; ip -o link | grep -o 'hy[0-9a-f]\\{8\\}'; \
           grep /hyper/containers/ /proc/mounts; true")
         .ok()
         .text()
@@ -38,6 +38,13 @@ fn kill_at(step: &str, victim: &str, cli: u32) -> bool {
     host(&script).done().code_is(0)
 }
 
+#[expect(clippy::print_stdout, reason = "libtest keeps it and shows it with the failure")]
+fn show(left: &str) {
+    if !left.is_empty() {
+        println!("left: {left}");
+    }
+}
+
 #[test]
 fn kill_at_each_step_of_a_start_leaves_nothing() {
     hyper("run --rm @busybox true").ok();
@@ -66,7 +73,12 @@ fn kill_at_each_step_of_a_start_leaves_nothing() {
             }
             let removed = hyper("rm -f").arg(&name).done();
             assert!(removed.code_is(0), "{what}: {removed:?}");
-            wait_for(&format!("nothing left: {what}"), || left_over().is_empty().then_some(()));
+            wait_for(&format!("nothing left: {what}"), || {
+                let left = left_over();
+                // Shown when the case fails.
+                show(&left);
+                left.is_empty().then_some(())
+            });
         }
     }
     assert!(killed >= 15, "only {killed} were killed in time");

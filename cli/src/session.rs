@@ -69,7 +69,8 @@ impl Manners {
         }
     }
 
-    /// Converses until the process ends, the user detaches, or the supervisor goes away.
+    /// Converses until the process ends, the user detaches, or the supervisor goes away. A process that did not end by itself is
+    /// explained on standard error.
     ///
     /// # Errors
     /// When the terminal cannot be set up or the conversation breaks.
@@ -90,7 +91,11 @@ impl Manners {
             task.abort();
         }
         drop(raw);
-        ended
+        let (ended, reason) = ended?;
+        if !reason.is_empty() {
+            output::error(reason);
+        }
+        Ok(ended)
     }
 }
 
@@ -98,19 +103,19 @@ async fn exchange(
     input: AttachInput,
     mut output: AttachOutput,
     typed: Option<mpsc::Receiver<Typed>>,
-) -> Result<Ended, CliError> {
+) -> Result<(Ended, String), CliError> {
     let (detached_tx, mut detached) = mpsc::channel(1);
     let feeder = typed.map(|typed| tokio::spawn(feed(input, typed, detached_tx)));
     let ended = loop {
         let event = tokio::select! {
             event = output.next() => event?,
-            Some(()) = detached.recv() => break Ended::Detached,
+            Some(()) = detached.recv() => break (Ended::Detached, String::new()),
         };
         match event {
             Output::Stdout(bytes) => output::bytes_out(&bytes),
             Output::Stderr(bytes) => output::bytes_err(&bytes),
-            Output::Exit(code) => break Ended::Exit(code),
-            Output::Detached => break Ended::Lost,
+            Output::Exit { code, reason } => break (Ended::Exit(code), reason),
+            Output::Detached => break (Ended::Lost, String::new()),
         }
     };
     if let Some(feeder) = feeder {

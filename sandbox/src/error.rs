@@ -84,6 +84,9 @@ pub enum SandboxError {
         /// Why not.
         source: std::io::Error,
     },
+    /// Somebody stopped or removed it while it was being started.
+    #[error("it was stopped before it ran")]
+    Abandoned,
     /// `supervise` was not called by [`crate::Container::start`].
     #[error("supervise is started by hyper itself: {0}")]
     NotStarted(&'static str),

@@ -61,15 +61,18 @@ impl Container {
     /// As [`Container::wait_for_log`], for what takes long even on hardware.
     ///
     /// # Panics
-    /// When the time is up; the message has the logs.
+    /// When the time is up, or the container has ended without it; the message has the logs.
     pub fn wait_for_log_within(&self, seconds: u64, text: &str) {
         let start = Instant::now();
         loop {
+            // Asked first: what it logged before its end is in the logs then.
+            let ended = self.field(".State.Status") == "exited";
             let done = self.logs();
             let logs = format!("{}\n{}", done.text(), done.error());
             if logs.contains(text) {
                 return;
             }
+            assert!(!ended, "it ended without {text:?} in the logs:\n{logs}");
             assert!(
                 start.elapsed().as_secs() < seconds,
                 "waited {seconds} s for {text:?} in the logs:\n{logs}"

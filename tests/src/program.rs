@@ -240,6 +240,12 @@ impl Done {
         self
     }
 
+    /// Whether it left with this code.
+    #[must_use]
+    pub fn code_is(&self, code: i32) -> bool {
+        self.code == code
+    }
+
     /// Asserts the exit code; 128 and more is the signal that ended it.
     pub fn code(self, code: i32) -> Self {
         let good = self.code == code;

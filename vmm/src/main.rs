@@ -22,7 +22,10 @@ mod vcpus;
 use std::process::ExitCode;
 
 use hyper_vmm_spec::control::exit_code;
-use rustix::process::{Signal, set_parent_process_death_signal};
+use rustix::process::{Resource, Rlimit, Signal, getrlimit, set_parent_process_death_signal, setrlimit};
+
+/// Descriptors that a machine may need at most: vsock connections, queue and timer events, disks, with room to spare.
+const OPEN_FILES: u64 = 4096;
 
 fn main() -> ExitCode {
     let main_us = life::now_us();
@@ -46,8 +49,20 @@ fn run_machine(main_us: u64) -> u8 {
     if let Err(e) = set_parent_process_death_signal(Some(Signal::KILL)) {
         log::line(format_args!("cannot ask for the owner's death signal: {e}"));
     }
+    raise_open_files();
     run::run(main_us).unwrap_or_else(|e| {
         log::line(format_args!("{}", log::chain(&e)));
         e.exit_code()
     })
+}
+
+/// The usual soft limit of 1024 is less than the vsock device's table of connections.
+fn raise_open_files() {
+    let now = getrlimit(Resource::Nofile);
+    let enough = now.maximum.map_or(OPEN_FILES, |hard| hard.min(OPEN_FILES));
+    if now.current.is_some_and(|soft| soft < enough)
+        && let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: Some(enough), maximum: now.maximum })
+    {
+        log::line(format_args!("cannot raise the limit of open files to {enough}: {e}"));
+    }
 }

@@ -107,7 +107,11 @@ pub async fn pull(store: &Store, reference: &Reference, options: &PullOptions) -
     let what = reference.to_string();
     let (top, fetched, parts) = find_manifest(&registry, reference, &options.platform).await?;
     options.progress.event(&Event::Started { reference });
-    let outcome = fetch_content(store, &registry, &parts, &fetched, options, &what).await;
+    let mut outcome = fetch_content(store, &registry, &parts, &fetched, options, &what).await;
+    // What was left of other downloads is worth less than this one.
+    if matches!(outcome, Err(ImageError::DiskFull { .. })) && make_room(store, &parts).await? > 0 {
+        outcome = fetch_content(store, &registry, &parts, &fetched, options, &what).await;
+    }
     let fresh = outcome.map_err(|error| with_kept(store, error, &parts, &what))?;
     let id = parts.config.digest.clone();
     let (handle, name, bytes) = (store.clone(), reference.clone(), fetched.bytes);
@@ -211,6 +215,13 @@ async fn fetch_layer(
 fn distinct(blobs: &[BlobRef]) -> Vec<&BlobRef> {
     let mut seen = HashSet::new();
     blobs.iter().filter(|blob| seen.insert(&blob.digest)).collect()
+}
+
+/// Removes what other pulls have left to be resumed. Returns the bytes that it freed.
+async fn make_room(store: &Store, parts: &Parts) -> Result<u64> {
+    let keep: HashSet<Digest> = parts.layers.iter().map(|layer| layer.digest.clone()).collect();
+    let store = store.clone();
+    blocking(move || store.discard_partials(&keep)).await
 }
 
 /// Adds to a full disk's error what the pull has kept.

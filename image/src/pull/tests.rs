@@ -265,7 +265,10 @@ async fn a_full_disk_says_what_is_kept_and_the_next_pull_goes_on() {
     let reference = server.offer(&sample, "a:1");
     store.set_write_budget(220_000);
     let one = PullOptions { concurrency: 1, ..options() };
+    let others = dir.path().join("ingest").join(format!("{}.partial", Digest::of(b"another layer").hex()));
+    std::fs::write(&others, "its beginning").unwrap();
     let line = pull(&store, &reference, &one).await.unwrap_err().one_line();
+    assert!(!others.exists(), "room is made at the cost of other downloads");
     assert!(line.starts_with("no space left on device: cannot write image 127.0.0.1:"), "{line}");
     let kept = store.partial_len(&Digest::of(&sample.layers[1]));
     assert!((100_000..=220_000).contains(&kept), "{kept}");

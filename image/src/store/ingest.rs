@@ -1,5 +1,6 @@
 //! Getting content into the store: written under a temporary name, checked, synced, then renamed.
 
+use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -10,7 +11,7 @@ use crate::digest::{Digest, Hasher};
 use crate::error::{ImageError, Result, blocking};
 use crate::fault;
 use crate::store::lock::{self, Mode};
-use crate::store::{Store, TempPath, sync_dir};
+use crate::store::{Store, TempPath, list, remove_file, sync_dir};
 
 /// Pause between two looks at a download that another process has under way.
 const WAIT: Duration = Duration::from_millis(100);
@@ -122,6 +123,25 @@ impl Store {
     /// Bytes of a blob that an unfinished download has left.
     pub(crate) fn partial_len(&self, digest: &Digest) -> u64 {
         fs::metadata(self.partial_path(digest)).map(|meta| meta.len()).unwrap_or_default()
+    }
+
+    /// Removes the unfinished downloads that nobody is at, but for those to `keep`. Returns the bytes that it freed.
+    pub(crate) fn discard_partials(&self, keep: &HashSet<Digest>) -> Result<u64> {
+        let keep: HashSet<PathBuf> = keep.iter().map(|digest| self.partial_path(digest)).collect();
+        let mut freed = 0;
+        for (path, meta) in list(&self.ingest_dir())? {
+            if path.extension().is_none_or(|ext| ext != "partial") || keep.contains(&path) {
+                continue;
+            }
+            // It may be finished, removed or taken up at any moment: only what we have locked under this name is ours.
+            let Ok(file) = OpenOptions::new().write(true).open(&path) else { continue };
+            let locked = lock::try_lock_file(&file, &path, Mode::Exclusive)?;
+            let same = |named: fs::Metadata| file.metadata().is_ok_and(|ours| ours.ino() == named.ino());
+            if locked && fs::metadata(&path).is_ok_and(same) {
+                freed += remove_file(&path, &meta)?;
+            }
+        }
+        Ok(freed)
     }
 
     fn partial_path(&self, digest: &Digest) -> PathBuf {

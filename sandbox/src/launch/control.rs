@@ -28,6 +28,8 @@ pub(crate) enum VmEnd {
     Crashed { what: String, last_lines: Vec<String> },
     /// The VMM is gone without a word.
     Lost,
+    /// The file server of its shares is gone, so the machine is ended.
+    Unserved,
 }
 
 impl VmEnd {
@@ -45,6 +47,7 @@ impl VmEnd {
                 }
             }
             Self::Lost => "hyper-vmm ended unexpectedly".to_owned(),
+            Self::Unserved => "hyper-fs, which serves its shared directories, ended unexpectedly".to_owned(),
         }
     }
 

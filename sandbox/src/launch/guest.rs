@@ -1,9 +1,6 @@
 //! A running machine with an agent that serves.
 
-use std::ffi::OsStr;
 use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::{UnixListener as StdUnixListener, UnixStream as StdUnixStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +10,6 @@ use hyper_protocol::rpc::agent::{ConfigureRequest, ConfigureResponse, Empty};
 use hyper_vmm_spec::control::{Reply, Request, Timeline};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::time::{ClockId, clock_gettime};
-use serde::Serialize;
 use tokio::net::UnixListener;
 use tokio::process::Child;
 use tokio::task::JoinHandle;
@@ -22,19 +18,23 @@ use tokio::time::timeout;
 use super::agent::{self, Agent};
 use super::child::{keep, last_words, spawn};
 use super::control::{self, Control, VmEnd};
-use super::plan::{GuestPlan, SharePlan, assemble, port_path, vsock_path};
+use super::file_server::FileServer;
+use super::plan::{GuestPlan, assemble, port_path, vsock_path};
 use super::{VmError, scaled_ms};
 use crate::dirs::Parts;
 use crate::state::BootTimeline;
 
 /// How long the VMM may take to build the machine.
-const BUILD_MS: u64 = 10_000;
-/// How long the guest may take from there to the doorbell.
-const DOORBELL_MS: u64 = 10_000;
+const BUILD_MS: u64 = 30_000;
+/// How long the guest may take from there to the doorbell: it needs a tenth of a second of processor time, which may be a minute on a
+/// host where hundreds start at once. A guest that has died is noticed at once.
+const DOORBELL_MS: u64 = 60_000;
 /// How long the guest may take to end in order: it writes its disks back.
 const SHUTDOWN_MS: u64 = 10_000;
 /// How long the VMM may take to end when it is asked.
 const END_MS: u64 = 2_000;
+/// How much later than its file server's end the machine's own may be heard of.
+const ECHO_MS: u64 = 200;
 /// Bytes of entropy that a guest is given.
 const ENTROPY_BYTES: usize = 64;
 
@@ -74,7 +74,7 @@ pub(crate) struct Guest {
     pub(crate) agent: Arc<Agent>,
     control: Control,
     vmm: Child,
-    file_server: Option<Child>,
+    file_server: Option<FileServer>,
     logs: Vec<JoinHandle<()>>,
 }
 
@@ -95,9 +95,9 @@ impl Guest {
 
         let (mut file_server, mut share) = (None, None);
         if !plan.shares.is_empty() {
-            let (child, log, socket) = start_file_server(parts, &plan.shares, &run_dir, &log_dir)?;
+            let (server, log, socket) = FileServer::start(parts, &plan.shares, &run_dir, &log_dir)?;
             logs.push(log);
-            file_server = Some(child);
+            file_server = Some(server);
             share = Some(socket);
             steps.done("file-server");
         }
@@ -113,7 +113,7 @@ impl Guest {
         }
         drop(assembled);
         steps.done("vmm-built");
-        wait_for_doorbell(&bell, &control, &console_log).await?;
+        wait_for_doorbell(&bell, ended(&control, file_server.as_ref()), &console_log).await?;
         steps.done("doorbell");
         let agent = Agent::connect(&vsock_path(&run_dir)).await?;
         steps.done("rpc");
@@ -137,13 +137,13 @@ impl Guest {
         tokio::select! {
             biased;
             done = what => Ok(done),
-            end = self.control.ended() => Err(VmError::Ended(end.message())),
+            end = self.ended() => Err(VmError::Ended(end.message())),
         }
     }
 
-    /// Waits until the machine has ended.
+    /// Waits until the machine has ended, or cannot be left running.
     pub(crate) async fn ended(&self) -> VmEnd {
-        self.control.ended().await
+        ended(&self.control, self.file_server.as_ref()).await
     }
 
     /// Process id of the VMM; 0 when it has ended.
@@ -168,13 +168,15 @@ impl Guest {
             }
             self.control.ended().await
         };
-        let orderly = timeout(scaled_ms(SHUTDOWN_MS), orderly).await;
-        if orderly.is_err() {
+        // A guest whose shares do not answer cannot write them back.
+        let unserved = self.file_server.as_ref().is_some_and(FileServer::is_gone);
+        if unserved || timeout(scaled_ms(SHUTDOWN_MS), orderly).await.is_err() {
             tracing::warn!("the guest does not end in order");
             let _ = self.control.request(&Request::Shutdown, &[], scaled_ms(END_MS)).await;
         }
-        for child in [Some(&mut self.vmm), self.file_server.as_mut()].into_iter().flatten() {
-            end(child).await;
+        end(&mut self.vmm).await;
+        if let Some(server) = &mut self.file_server {
+            server.end(scaled_ms(END_MS)).await;
         }
         for log in &mut self.logs {
             // The writers have gone; what they wrote last is still read.
@@ -199,30 +201,6 @@ impl Drop for Guest {
     }
 }
 
-#[derive(Debug, Serialize)]
-struct FileServerSpec<'a> {
-    shares: &'a [SharePlan],
-}
-
-/// Starts the file server on a listening socket (it can only accept) and connects to it; the socket's name is gone again at once.
-fn start_file_server(
-    parts: &Parts,
-    shares: &[SharePlan],
-    run_dir: &Path,
-    log_dir: &Path,
-) -> Result<(Child, JoinHandle<()>, OwnedFd), VmError> {
-    let fail = |source: io::Error| VmError::Descriptor { what: "the file server's socket", source };
-    let path = run_dir.join("fs");
-    let listener = StdUnixListener::bind(&path).map_err(fail)?;
-    let connected = StdUnixStream::connect(&path);
-    std::fs::remove_file(&path).map_err(fail)?;
-    let near = connected.map_err(fail)?;
-    let spec = serde_json::to_string(&FileServerSpec { shares }).map_err(|error| fail(error.into()))?;
-    let args = [OsStr::new("--spec"), OsStr::new(&spec)];
-    let (child, log) = spawn("hyper-fs", &parts.fs, &args, listener.into(), &log_dir.join("fs.log"))?;
-    Ok((child, log, near.into()))
-}
-
 /// A VMM that broke off says why on its standard error.
 async fn explain(error: VmError, control: &Control, log_dir: &Path) -> VmError {
     if !matches!(error, VmError::Control(_)) {
@@ -233,7 +211,22 @@ async fn explain(error: VmError, control: &Control, log_dir: &Path) -> VmError {
     VmError::Ended(format!("hyper-vmm could not build the machine ({error}); its last words: {words}"))
 }
 
-async fn wait_for_doorbell(bell: &UnixListener, control: &Control, console: &Path) -> Result<(), VmError> {
+/// Waits until the machine has ended, or its file server has without it.
+async fn ended(control: &Control, file_server: Option<&FileServer>) -> VmEnd {
+    let Some(server) = file_server else { return control.ended().await };
+    tokio::select! {
+        biased;
+        end = control.ended() => end,
+        // It ends with the machine, too, and that may be heard of first.
+        () = server.gone() => timeout(scaled_ms(ECHO_MS), control.ended()).await.unwrap_or(VmEnd::Unserved),
+    }
+}
+
+async fn wait_for_doorbell(
+    bell: &UnixListener,
+    ended: impl Future<Output = VmEnd>,
+    console: &Path,
+) -> Result<(), VmError> {
     let limit = scaled_ms(DOORBELL_MS);
     tokio::select! {
         biased;
@@ -242,7 +235,7 @@ async fn wait_for_doorbell(bell: &UnixListener, control: &Control, console: &Pat
             tracing::debug!(build = bell.build, "agent");
             Ok(())
         }
-        end = control.ended() => Err(VmError::Ended(end.message())),
+        end = ended => Err(VmError::Ended(end.message())),
         () = tokio::time::sleep(limit) => Err(VmError::NoDoorbell {
             limit_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX),
             last_words: last_words(console),

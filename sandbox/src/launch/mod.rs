@@ -5,12 +5,13 @@
 //! Guest::shutdown: agent Shutdown -> control Shutdown -> kill
 //! ```
 //!
-//! Files: `guest` (the whole), `plan` (what is to be started, as a `VmSpec`), `control` (the VMM's socket), `child` (processes and
-//! their logs), `agent` (RPC and streams), `memory` (how large the VM must be), `unpack`.
+//! Files: `guest` (the whole), `plan` (what is to be started, as a `VmSpec`), `control` (the VMM's socket), `file_server`, `child`
+//! (processes and their logs), `agent` (RPC and streams), `memory` (how large the VM must be), `unpack`.
 
 mod agent;
 mod child;
 mod control;
+mod file_server;
 mod guest;
 mod memory;
 mod plan;

@@ -169,11 +169,16 @@ impl Container {
     /// When the supervisor cannot be talked to.
     pub async fn stop(&self, limit: Option<Duration>) -> Result<(), SandboxError> {
         let timeout_s = limit.map(|limit| u32::try_from(limit.as_secs()).unwrap_or(u32::MAX));
-        let mut talk = match self.converse(&Request::Stop { timeout_s }).await {
+        let talk = match self.converse(&Request::Stop { timeout_s }).await {
             Err(SandboxError::WrongStatus { .. }) => return Ok(()),
             talk => talk?,
         };
         let own = Duration::from_secs(u64::from(timeout_s.unwrap_or(self.config().stop_timeout_s)));
+        self.await_stop(talk, own).await
+    }
+
+    /// Waits for the end of a container that was asked to end within its `own` time.
+    async fn await_stop(&self, mut talk: Conversation, own: Duration) -> Result<(), SandboxError> {
         match self.answer_within(&mut talk, own.saturating_add(scaled_ms(2 * ANSWER_MS))).await {
             // A supervisor that closes without an answer was ending anyway.
             Ok(_) | Err(StartError::Sandbox(SandboxError::SupervisorGone { .. })) => {}
@@ -185,9 +190,11 @@ impl Container {
         Ok(())
     }
 
-    /// As [`Container::stop`] with no patience.
+    /// As [`Container::stop`] with no patience, and also while it is being started, which its state does not tell.
     pub(super) async fn kill_and_wait(&self) -> Result<(), SandboxError> {
-        self.stop(Some(Duration::ZERO)).await
+        let Some(stream) = self.connect().await else { return Ok(()) };
+        let talk = Conversation::open(stream, &Request::Stop { timeout_s: Some(0) }).await?;
+        self.await_stop(talk, Duration::ZERO).await
     }
 
     /// Sends a signal to its process. After SIGKILL or its stop signal policies do not start it again.

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +15,11 @@ use crate::logs::{LogOptions, LogStream};
 use crate::state::{ContainerState, Status, read_json, write_json};
 use crate::stream::wire::Request;
 use crate::{Home, SandboxError, StartError};
+
+/// How long the supervisor of a container that is removed may take to end.
+const REMOVE_MS: u64 = 30_000;
+/// Pause between two looks at whether it has.
+const REMOVE_RETRY: Duration = Duration::from_millis(5);
 
 /// One container, as it was when it was found; [`Container::refresh`] looks again. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -157,22 +163,38 @@ impl Container {
     /// # Errors
     /// [`SandboxError::WrongStatus`] when it runs and `force` is not set.
     pub async fn remove(&self, options: RemoveOptions) -> Result<(), SandboxError> {
-        let now = self.looked_again()?;
-        if now.state.status.is_live() {
-            if !options.force {
+        let path = self.home.container_lock(self.id());
+        let deadline = Instant::now() + crate::launch::scaled_ms(REMOVE_MS);
+        let mut first = true;
+        let lock = loop {
+            let now = match self.looked_again() {
+                Err(SandboxError::NoSuchContainer(_)) if !first => return Ok(()),
+                looked => looked?,
+            };
+            first = false;
+            if now.state.status.is_live() && !options.force {
                 return Err(now.wrong_status("stop the container before removing or force remove"));
             }
-            match now.kill_and_wait().await {
-                Ok(()) | Err(SandboxError::NoSuchContainer(_)) => {}
-                Err(error) => return Err(error),
+            if !path.exists() {
+                // It was to remove itself, and has.
+                return Ok(());
             }
-        }
-        let path = self.home.container_lock(self.id());
-        if !path.exists() {
-            // It was to remove itself, and has.
-            return Ok(());
-        }
-        let lock = FileLock::take_within(&path, crate::launch::scaled_ms(30_000)).await?;
+            if let Some(lock) = FileLock::try_take(&path)? {
+                break lock;
+            }
+            // Its supervisor runs it, starts it, or is about to end.
+            if options.force {
+                match now.kill_and_wait().await {
+                    Ok(()) | Err(SandboxError::NoSuchContainer(_)) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            if Instant::now() >= deadline {
+                let (what, limit_ms) = ("waiting for the container's supervisor to end", REMOVE_MS);
+                return Err(SandboxError::Timeout { what, limit_ms });
+            }
+            tokio::time::sleep(REMOVE_RETRY).await;
+        };
         let now = match Self::load(&self.home, self.id()) {
             Err(SandboxError::NoSuchContainer(_)) => return Ok(()),
             loaded => loaded?,
@@ -263,7 +285,7 @@ impl Container {
     ///
     /// # Errors
     /// As [`Container::stop`] and [`Container::start`].
-    pub async fn restart(&self, timeout: Option<std::time::Duration>) -> Result<(), StartError> {
+    pub async fn restart(&self, timeout: Option<Duration>) -> Result<(), StartError> {
         self.stop(timeout).await?;
         self.start(None).await.map(|_| ())
     }

@@ -77,7 +77,7 @@ impl FileLock {
             if Instant::now() >= deadline {
                 let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
                 return Err(SandboxError::Timeout {
-                    what: "waiting for the container's supervisor to end",
+                    what: "waiting for another process to finish",
                     limit_ms,
                 });
             }

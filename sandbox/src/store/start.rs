@@ -25,8 +25,8 @@ use crate::{SandboxError, StartError};
 
 /// The byte that carries the lock.
 pub(crate) const HANDOVER: u8 = b'L';
-/// How long a start may take in all: image, disks, boot, process.
-const START_MS: u64 = 60_000;
+/// How long a start may take in all: image, disks, boot, process. More than its parts' own limits together, which say more.
+const START_MS: u64 = 300_000;
 /// How often a start is tried again while an older supervisor ends.
 const RETRY_MS: u64 = 5;
 /// A supervisor's log is begun anew when it is longer, bytes.

@@ -48,8 +48,13 @@ pub enum Output {
     Stdout(Vec<u8>),
     /// Bytes of standard error.
     Stderr(Vec<u8>),
-    /// It has ended with this code; all its output came before.
-    Exit(u8),
+    /// It has ended; all its output came before.
+    Exit {
+        /// Its exit code; 137 when it did not end by itself.
+        code: u8,
+        /// Why it did not: its machine crashed or was lost. Empty otherwise.
+        reason: String,
+    },
     /// The supervisor closed the conversation without an exit: it was killed.
     Detached,
 }
@@ -139,7 +144,7 @@ impl AttachOutput {
             FrameKind::Stderr => Ok(Output::Stderr(frame.payload)),
             FrameKind::Exit => {
                 self.ended = true;
-                Ok(Output::Exit(frame.exit_code()?))
+                Ok(Output::Exit { code: frame.exit_code()?, reason: frame.reason() })
             }
             kind => {
                 self.ended = true;
@@ -168,10 +173,10 @@ mod tests {
         assert_eq!(reader.next().await.unwrap().unwrap().kind, FrameKind::StdinEnd);
         assert_eq!(reader.next().await.unwrap().unwrap().size().unwrap(), (2, 3));
         write_frame(&mut far, &Frame::new(FrameKind::Stderr, *b"e")).await.unwrap();
-        write_frame(&mut far, &Frame::new(FrameKind::Exit, [3])).await.unwrap();
+        write_frame(&mut far, &Frame::exit(3, "why")).await.unwrap();
         assert_eq!(output.next().await.unwrap(), Output::Stdout(b"first".to_vec()));
         assert_eq!(output.next().await.unwrap(), Output::Stderr(b"e".to_vec()));
-        assert_eq!(output.next().await.unwrap(), Output::Exit(3));
+        assert_eq!(output.next().await.unwrap(), Output::Exit { code: 3, reason: "why".into() });
         assert_eq!(output.next().await.unwrap(), Output::Detached);
     }
 

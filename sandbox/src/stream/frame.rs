@@ -18,6 +18,8 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 pub(crate) const MAX_DATA_BYTES: usize = 64 * 1024;
 /// Most payload of a JSON frame, bytes: an exec with a large environment fits (`ARG_MAX` is 2 MiB).
 pub(crate) const MAX_JSON_BYTES: usize = 4 << 20;
+/// Most bytes of the text that says why a machine ended under its process.
+const MAX_REASON_BYTES: usize = 4096;
 
 /// A conversation that does not keep to the protocol, or broke off.
 #[derive(Debug, thiserror::Error)]
@@ -69,7 +71,8 @@ pub enum FrameKind {
     Stdout = 18,
     /// Supervisor: bytes of standard error.
     Stderr = 19,
-    /// Supervisor: the process has ended, u8 exit code. Nothing follows on this conversation but its end.
+    /// Supervisor: the process has ended, u8 exit code; then why, as text, when it did not end by itself. Nothing follows on this
+    /// conversation but its end.
     Exit = 20,
 }
 
@@ -96,7 +99,7 @@ impl FrameKind {
             Self::Stdin | Self::Stdout | Self::Stderr => MAX_DATA_BYTES,
             Self::StdinEnd => 0,
             Self::Resize | Self::Signal => 4,
-            Self::Exit => 1,
+            Self::Exit => 1 + MAX_REASON_BYTES,
         }
     }
 }
@@ -136,6 +139,18 @@ impl Frame {
         let bytes: [u8; 4] =
             self.payload.as_slice().try_into().map_err(|_| FrameError::Payload(self.kind))?;
         Ok(u32::from_le_bytes(bytes))
+    }
+
+    /// The end of a process; `reason` is empty when it ended by itself.
+    pub(crate) fn exit(code: u8, reason: &str) -> Self {
+        let mut payload = vec![code];
+        payload.extend(reason.bytes().take(MAX_REASON_BYTES));
+        Self { kind: FrameKind::Exit, payload }
+    }
+
+    /// The text after the code of a [`FrameKind::Exit`].
+    pub(crate) fn reason(&self) -> String {
+        String::from_utf8_lossy(self.payload.get(1..).unwrap_or_default()).into_owned()
     }
 
     /// The code of a [`FrameKind::Exit`].
@@ -245,7 +260,7 @@ mod tests {
             Frame::new(FrameKind::Signal, 9_u32.to_le_bytes()),
             Frame::new(FrameKind::Stdout, *b"out"),
             Frame::new(FrameKind::Stderr, *b"err"),
-            Frame::new(FrameKind::Exit, [137]),
+            Frame::exit(137, "killed"),
         ];
         let mut wire = Vec::new();
         for frame in &frames {
@@ -262,8 +277,8 @@ mod tests {
     async fn lengths_are_bounded_before_they_are_used() {
         let huge = [2, 0xff, 0xff, 0xff, 0xff];
         assert!(matches!(read(&huge).await, Err(FrameError::TooLong { .. })));
-        let long_exit = [20, 2, 0, 0, 0, 1, 1];
-        assert!(matches!(read(&long_exit).await, Err(FrameError::TooLong { len: 2, limit: 1 })));
+        let long_end = [3, 1, 0, 0, 0, 1];
+        assert!(matches!(read(&long_end).await, Err(FrameError::TooLong { len: 1, limit: 0 })));
         let frame = Frame::new(FrameKind::Stdout, vec![0; MAX_DATA_BYTES + 1]);
         assert!(matches!(write_frame(&mut Vec::new(), &frame).await, Err(FrameError::TooLong { .. })));
     }
@@ -302,5 +317,9 @@ mod tests {
         assert!(Frame::new(FrameKind::Resize, [1, 2, 3]).size().is_err());
         assert!(Frame::new(FrameKind::Signal, []).signal().is_err());
         assert!(Frame::new(FrameKind::Exit, []).exit_code().is_err());
+        let frame = Frame::exit(137, &"é".repeat(MAX_REASON_BYTES));
+        assert_eq!(frame.payload.len(), FrameKind::Exit.limit());
+        assert!(frame.exit_code().unwrap() == 137 && frame.reason().starts_with("éé"));
+        assert_eq!(Frame::exit(0, "").reason(), "");
     }
 }

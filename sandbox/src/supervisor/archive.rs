@@ -52,7 +52,7 @@ pub(super) async fn read(
         ..Default::default()
     };
     let last = match relay_out(&run, &request, &mut stream, &mut to).await? {
-        Ok(()) => Frame::new(FrameKind::Exit, [0]),
+        Ok(()) => Frame::exit(0, ""),
         Err(error) => Frame::json(FrameKind::Refusal, &refusal("ReadArchive", error))?,
     };
     write_frame(&mut to, &last).await

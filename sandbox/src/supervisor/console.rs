@@ -232,11 +232,11 @@ impl Console {
     }
 
     /// The process has ended: clients hear of it after the output, and no more.
-    pub(super) async fn finish(&self, exit_code: u8) {
+    pub(super) async fn finish(&self, exit_code: u8, reason: &str) {
         let clients = std::mem::take(&mut *self.clients());
         for client in clients {
             // A client that does not read hears of it when it does: its place in the queue waits in a task of its own.
-            let frame = Frame::new(FrameKind::Exit, [exit_code]);
+            let frame = Frame::exit(exit_code, reason);
             if let Err(mpsc::error::TrySendError::Full(frame)) = client.to.try_send(frame) {
                 tokio::spawn(async move { client.to.send(frame).await });
             }
@@ -265,7 +265,7 @@ mod tests {
         let mut errors = console.attach(options(false, true));
         console.pump(&b"out"[..], LogSource::Stdout, None).await;
         console.pump(&b"err"[..], LogSource::Stderr, None).await;
-        console.finish(3).await;
+        console.finish(3, "").await;
         let kinds = |frame: Option<Frame>| frame.map(|frame| frame.kind);
         assert_eq!(kinds(both.frames.recv().await), Some(FrameKind::Stdout));
         assert_eq!(kinds(both.frames.recv().await), Some(FrameKind::Stderr));

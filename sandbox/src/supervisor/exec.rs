@@ -126,16 +126,16 @@ async fn create(
 /// Waits for the end of a process, and tells its client.
 async fn finish(run: Arc<Run>, process_id: String, console: Arc<Console>, mut pumps: JoinSet<()>) {
     let status = run.agent.rpc.wait_process(context(None), &run.process(&process_id)).await;
-    let exit_code = match status {
-        Ok(status) => u8::try_from(status.exit_code).unwrap_or(u8::MAX),
+    let (exit_code, reason) = match status {
+        Ok(status) => (u8::try_from(status.exit_code).unwrap_or(u8::MAX), ""),
         Err(error) => {
             tracing::debug!(process_id, %error, "its end is not known");
-            UNKNOWN_EXIT_CODE
+            (UNKNOWN_EXIT_CODE, "the container ended before the process did")
         }
     };
     let all = async { while pumps.join_next().await.is_some() {} };
     if timeout(scaled_ms(LAST_OUTPUT_MS), all).await.is_err() {
         tracing::debug!(process_id, "the last output did not come");
     }
-    console.finish(exit_code).await;
+    console.finish(exit_code, reason).await;
 }

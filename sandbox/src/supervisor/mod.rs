@@ -116,7 +116,13 @@ async fn supervise_container(shared: &Arc<Shared>) {
     let mut restarts = 0;
     loop {
         let began = Instant::now();
-        let exit_code = match run::run_once(shared, restarts).await {
+        let outcome = tokio::select! {
+            biased;
+            // Dropping the start undoes it.
+            () = shared.abandoned() => Err(SandboxError::Abandoned.into()),
+            outcome = run::run_once(shared, restarts) => outcome,
+        };
+        let exit_code = match outcome {
             Ok(exit_code) => exit_code,
             Err(error) => {
                 let refusal = Refusal::from(error);

@@ -103,15 +103,14 @@ pub(super) async fn run_once(shared: &Arc<Shared>, restarts: u32) -> Result<u8, 
     let Machine { guest, link, names, .. } = machine;
     guest.shutdown().await;
     drop((link, names));
-    let code = exit.code;
     shared.update(|state| {
         state.oom_killed = exit.oom_killed;
-        state.end(Status::Exited, exit.code, exit.error);
+        state.end(Status::Exited, exit.code, exit.error.clone());
     });
     let console = shared.console();
     shared.renew_console();
-    console.finish(code).await;
-    Ok(code)
+    console.finish(exit.code, &exit.error).await;
+    Ok(exit.code)
 }
 
 async fn start_process(run: &Run, machine: &Machine) -> Result<(), StartError> {

@@ -50,6 +50,8 @@ pub(super) struct Shared {
     console: Mutex<Arc<Console>>,
     run: Mutex<Option<Arc<Run>>>,
     stopped: watch::Sender<bool>,
+    /// The start that is under way must not go on.
+    abandon: watch::Sender<bool>,
     /// The process does not end by signals: end the machine.
     pub(super) force: Notify,
     held: Mutex<Vec<tokio::net::UnixStream>>,
@@ -79,6 +81,7 @@ impl Shared {
             console: Mutex::new(console),
             run: Mutex::new(None),
             stopped: watch::channel(false).0,
+            abandon: watch::channel(false).0,
             force: Notify::new(),
             held: Mutex::new(Vec::new()),
         })
@@ -184,6 +187,22 @@ impl Shared {
         let mut stopped = self.stopped.subscribe();
         // The sender lives as long as we do.
         let _ = stopped.wait_for(|stopped| *stopped).await;
+    }
+
+    /// Gives up a start that is under way; says whether there was one. A process that runs is not touched.
+    pub(super) fn abandon_start(&self) -> bool {
+        let starting = matches!(self.phase.borrow().life, Life::Starting | Life::Restarting);
+        if starting {
+            self.abandon.send_replace(true);
+        }
+        starting
+    }
+
+    /// Waits until the start is given up.
+    pub(super) async fn abandoned(&self) {
+        let mut abandon = self.abandon.subscribe();
+        // The sender lives as long as we do.
+        let _ = abandon.wait_for(|abandon| *abandon).await;
     }
 
     /// Keeps a conversation open until the lock is free: its client wants to know that.

@@ -152,6 +152,9 @@ pub(super) async fn stat_path(run: &Run, path: &str) -> Result<PathStat, Refusal
 
 /// Ends the container: stop signal, SIGKILL after a while, and at last its machine. Returns when it is over.
 pub(super) async fn stop(shared: &Shared, timeout_s: Option<u32>) {
+    if timeout_s == Some(0) {
+        shared.abandon_start();
+    }
     let mut phase = shared.phase();
     let ready = phase.wait_for(|phase| phase.life != Life::Starting).await.is_ok();
     shared.mark_stopped();
@@ -164,7 +167,8 @@ pub(super) async fn stop(shared: &Shared, timeout_s: Option<u32>) {
         }
     };
     let Some(run) = shared.running().ok().filter(|_| ready) else {
-        // It is being ended, or waits to be started again.
+        // It is being ended, or is on its way to run again.
+        shared.abandon_start();
         over(None).await;
         return;
     };

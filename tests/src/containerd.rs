@@ -41,7 +41,7 @@ impl Containerd {
             bin.display()
         );
         self.daemon = Some(host(&script).within(3600).start());
-        wait_for("containerd", || self.ctr("version").done().succeeded().then_some(()));
+        wait_for("containerd", || self.ctr("version").done().code_is(0).then_some(()));
     }
 
     /// Kills containerd itself and starts it again; the pods live on.

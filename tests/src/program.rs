@@ -221,12 +221,6 @@ impl Done {
         String::from_utf8_lossy(&self.stdout).trim_end().to_owned()
     }
 
-    /// Whether it left with code 0.
-    #[must_use]
-    pub fn succeeded(&self) -> bool {
-        self.code == 0
-    }
-
     /// Standard error as text, without the white space at its end.
     #[must_use]
     pub fn error(&self) -> String {

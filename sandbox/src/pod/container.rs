@@ -134,7 +134,8 @@ impl Sandbox {
     /// The id is taken, the specification asks for what cannot be had, or something of it failed; nothing is left then.
     pub async fn create(&self, wish: BundleConfig, announce: impl FnOnce()) -> Result<(), PodError> {
         let reservation = self.reserve(&wish.id)?;
-        let translated = translate::container(&wish.config, &wish.bundle)?;
+        let pod_hostname = held(&self.hostname).clone();
+        let translated = translate::container(&wish.config, &wish.bundle, &pod_hostname)?;
         let ends = Ends::open(&wish.stdio)?;
         let root = if wish.rootfs.is_empty() {
             self.live.bind(&translated.root, false)?
@@ -187,6 +188,10 @@ impl Sandbox {
             hooks: translated.hooks,
             _mounts: mounts,
         });
+        // The first one is the pod's sandbox, whose host name its containers have.
+        if pod_hostname.is_empty() {
+            held(&self.hostname).clone_from(&translated.hostname);
+        }
         announce();
         tokio::spawn(watch_over(self.around(), Arc::clone(&container), process, pumps));
         reservation.fill(&container);

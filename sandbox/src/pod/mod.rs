@@ -57,6 +57,9 @@ const END_MS: u64 = 5_000;
 const EVENTS_WAIT_MS: u32 = 60_000;
 /// How much longer its answer may take.
 const EVENTS_SLACK_MS: u64 = 30_000;
+/// Requests in a row that the agent may leave without an answer, and the pause between them.
+const MAX_SILENT: u32 = 3;
+const SILENT_PAUSE_MS: u64 = 1_000;
 
 /// What a sandbox is made of.
 #[derive(Debug, Clone)]
@@ -136,6 +139,8 @@ pub struct Sandbox {
     network: tokio::sync::Mutex<PodNetwork>,
     containers: Mutex<BTreeMap<String, Option<Arc<PodContainer>>>>,
     events: EventSink,
+    /// Host name of the pod.
+    hostname: Mutex<String>,
 }
 
 impl std::fmt::Debug for Sandbox {
@@ -163,6 +168,7 @@ impl Sandbox {
             network: tokio::sync::Mutex::new(network),
             containers: Mutex::new(BTreeMap::new()),
             events,
+            hostname: Mutex::default(),
         });
         tokio::spawn(watch_memory(Arc::downgrade(&sandbox)));
         Ok(sandbox)
@@ -254,9 +260,11 @@ async fn until_ended(mut ended: watch::Receiver<Option<String>>) -> String {
     }
 }
 
-/// Asks for the guest's events until the machine ends.
+/// Asks for the guest's events until the machine ends. An agent that does not answer cannot be asked for the end of anything: its machine
+/// is ended.
 async fn watch_memory(sandbox: std::sync::Weak<Sandbox>) {
     let request = NextEventsRequest { timeout_ms: EVENTS_WAIT_MS, ..Default::default() };
+    let mut silent = 0;
     loop {
         let Some(agent) = sandbox.upgrade().map(|sandbox| Arc::clone(&sandbox.agent)) else { return };
         let limit = std::time::Duration::from_millis(EVENTS_WAIT_MS.into()) + scaled_ms(EVENTS_SLACK_MS);
@@ -264,12 +272,21 @@ async fn watch_memory(sandbox: std::sync::Weak<Sandbox>) {
         drop(agent);
         let Some(sandbox) = sandbox.upgrade() else { return };
         match answer {
-            Ok(answer) => sandbox.report_memory(answer.events),
-            Err(error) if sandbox.machine.ended().borrow().is_none() => {
-                tracing::warn!(%error, "the agent does not answer");
-                tokio::time::sleep(scaled_ms(1000)).await;
+            Ok(answer) => {
+                silent = 0;
+                sandbox.report_memory(answer.events);
             }
-            Err(_) => return,
+            Err(_) if sandbox.machine.ended().borrow().is_some() => return,
+            Err(error) => {
+                tracing::warn!(%error, "the agent does not answer");
+                silent += 1;
+                if silent == MAX_SILENT {
+                    sandbox.machine.stop(false).await;
+                    return;
+                }
+                drop(sandbox);
+                tokio::time::sleep(scaled_ms(SILENT_PAUSE_MS)).await;
+            }
         }
     }
 }

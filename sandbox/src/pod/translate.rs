@@ -80,11 +80,11 @@ fn invalid(what: impl Into<String>) -> PodError {
 /// # Errors
 /// It cannot be read, or what it asks for.
 pub fn check(config: &[u8], bundle: &Path) -> Result<(), PodError> {
-    container(config, bundle).map(drop)
+    container(config, bundle, "").map(drop)
 }
 
-/// Translates the specification of a container whose bundle is at `bundle`.
-pub(super) fn container(config: &[u8], bundle: &Path) -> Result<Translated, PodError> {
+/// Translates the specification of a container whose bundle is at `bundle`. One without a host name has its pod's.
+pub(super) fn container(config: &[u8], bundle: &Path, pod_hostname: &str) -> Result<Translated, PodError> {
     if config.len() > MAX_OCI_SPEC_BYTES {
         return Err(invalid(format!("config.json of {} bytes: at most {MAX_OCI_SPEC_BYTES}", config.len())));
     }
@@ -96,10 +96,14 @@ pub(super) fn container(config: &[u8], bundle: &Path) -> Result<Translated, PodE
     let root_read_only = spec.pointer("/root/readonly").and_then(Value::as_bool).unwrap_or_default();
     let (terminal, size) = console(spec.get("process").unwrap_or(&Value::Null));
     let pid_namespace_of = joins_pids(&spec).then(|| text_of_annotation(&spec, SANDBOX_ID)).flatten();
-    let hostname = text(&spec, "/hostname").to_owned();
+    let hostname = match text(&spec, "/hostname") {
+        "" => pod_hostname.to_owned(),
+        own => own.to_owned(),
+    };
     let hooks = Hooks::parse(&spec)?;
     let Some(all) = spec.as_object_mut() else { return Err(invalid("config.json is no object")) };
     all.insert("mounts".into(), Value::Array(kernel));
+    all.insert("hostname".into(), Value::String(hostname.clone()));
     // Annotations are the agent's own language, which bundles do not speak.
     for host_only in ["annotations", "hooks", "vm", "windows", "solaris"] {
         all.remove(host_only);
@@ -308,7 +312,7 @@ mod tests {
     }
 
     fn translated(spec: &Value) -> Result<Translated, PodError> {
-        container(spec.to_string().as_bytes(), Path::new("/bundle"))
+        container(spec.to_string().as_bytes(), Path::new("/bundle"), "pod")
     }
 
     #[test]
@@ -320,6 +324,10 @@ mod tests {
         assert_eq!(done.pid_namespace_of, None);
         let oci: Value = serde_json::from_slice(&done.oci).unwrap();
         assert_eq!((oci.get("annotations"), oci.get("hooks")), (None, None));
+        assert_eq!(oci["hostname"], "box");
+        let mut nameless = spec();
+        nameless["hostname"] = json!("");
+        assert_eq!(translated(&nameless).unwrap().hostname, "pod");
         assert_eq!(
             oci["linux"]["resources"],
             json!({"cpu": {"shares": 512}, "memory": {"limit": 5}, "blockIO": {"weight": 7}})

@@ -74,6 +74,7 @@ impl Sandbox for SandboxService {
             return Err(status::status(Code::ALREADY_EXISTS, "the sandbox: already exists"));
         }
         *wish = Some(Wish { netns: Some(PathBuf::from(&r.netns_path)), size: wished_size(&r) });
+        self.service.keep();
         Ok(CreateSandboxResponse::new())
     }
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use containerd_shim_protos::events::task::{
     TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed, TaskStart,
@@ -23,12 +23,21 @@ pub(crate) struct Service {
     sandbox: Mutex<Option<Arc<Sandbox>>>,
     /// Of the machine, once it was started.
     pid: Arc<AtomicU32>,
+    /// The pod's life is governed by the Sandbox API, not by that of its containers.
+    has_sandbox: AtomicBool,
     done: Notify,
 }
 
 impl Service {
     pub(crate) fn new(run_dir: PathBuf, publisher: Publisher) -> Self {
-        Self { run_dir, publisher, sandbox: Mutex::new(None), pid: Arc::default(), done: Notify::new() }
+        Self {
+            run_dir,
+            publisher,
+            sandbox: Mutex::new(None),
+            pid: Arc::default(),
+            has_sandbox: AtomicBool::new(false),
+            done: Notify::new(),
+        }
     }
 
     /// The sandbox, started for this container if it is the pod's first.
@@ -79,6 +88,16 @@ impl Service {
     /// Whether containers are left.
     pub(crate) async fn is_empty(&self) -> bool {
         self.sandbox.lock().await.as_ref().is_none_or(|sandbox| sandbox.containers().is_empty())
+    }
+
+    /// From now on the end of the last container is not the end of the pod.
+    pub(crate) fn keep(&self) {
+        self.has_sandbox.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether it is.
+    pub(crate) fn is_kept(&self) -> bool {
+        self.has_sandbox.load(Ordering::SeqCst)
     }
 
     /// The shim is to end.

@@ -218,7 +218,7 @@ impl Task for TaskService {
 
     async fn shutdown(&self, _: &TtrpcContext, r: ShutdownRequest) -> TtrpcResult<Empty> {
         // Each container's client asks for it; the last one means it.
-        if self.0.is_empty().await {
+        if !self.0.is_kept() && self.0.is_empty().await {
             tracing::info!(r.id, "shutdown");
             self.0.finish();
         }

@@ -151,6 +151,37 @@ impl Drop for Cni {
 }
 
 #[test]
+fn containers_of_a_pod_share_a_machine() {
+    let containerd = Containerd::start();
+    let pod = "--annotation io.kubernetes.cri.sandbox-id=pod";
+    containerd.run(&format!("-d {pod} @busybox pod sleep 1000")).ok();
+    containerd.run(&format!("-d {pod} @busybox second sleep 1000")).ok();
+    assert_eq!(containerd.pid("pod"), containerd.pid("second"));
+    containerd.run(&format!("--rm {pod} @busybox third echo third")).ok().says("third");
+    containerd.ctr("task rm -f second").ok();
+    containerd.ctr("container rm second").ok();
+    containerd.run(&format!("--rm {pod} @busybox second echo again")).ok().says("again");
+    containerd.ctr("task rm -f pod").ok();
+    containerd.leaves_nothing();
+}
+
+#[test]
+fn want_of_memory_is_an_event() {
+    let containerd = Containerd::start();
+    let log = containerd.scratch().join("events");
+    let script = format!("exec ctr --address {}/sock events >{log}", containerd.scratch().path().display());
+    let events = host(&script).within(900).start();
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    let script = "head -c 100000000 /dev/zero | tail -c 90000000 | wc -c; echo survived";
+    let done = containerd.run("--rm --memory-limit 16777216 @busybox hungry sh -c").arg(script).done();
+    assert!(!done.text().contains("90000000"), "{}", done.text());
+    wait_for("the event", || {
+        std::fs::read_to_string(&log).unwrap_or_default().contains("/tasks/oom").then_some(())
+    });
+    drop(events);
+}
+
+#[test]
 fn killed_machine_is_an_exit() {
     let containerd = Containerd::start();
     containerd.run("-d @busybox victim sleep 1000").ok();

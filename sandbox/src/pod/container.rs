@@ -274,7 +274,10 @@ impl Sandbox {
         let _gate = process.gate.lock().await;
         match process.phase() {
             Phase::Created => {}
-            Phase::Added => self.create_process(&container, &process).await?,
+            Phase::Added => {
+                let made = self.create_process(&container, &process).await;
+                made.inspect_err(|_| process.inner().phase = Phase::Failed)?;
+            }
             Phase::Running | Phase::Failed | Phase::Stopped => {
                 return Err(PodError::State(format!("process {exec} of container {id} was started already")));
             }

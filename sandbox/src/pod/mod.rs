@@ -27,7 +27,7 @@ mod process;
 mod rtnetlink;
 mod translate;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -57,6 +57,8 @@ const END_MS: u64 = 5_000;
 const EVENTS_WAIT_MS: u32 = 60_000;
 /// How much longer its answer may take.
 const EVENTS_SLACK_MS: u64 = 30_000;
+/// Least time between two answers: a guest must not fill the host's logs.
+const EVENTS_PAUSE: std::time::Duration = std::time::Duration::from_millis(200);
 /// Requests in a row that the agent may leave without an answer, and the pause between them.
 const MAX_SILENT: u32 = 3;
 const SILENT_PAUSE_MS: u64 = 1_000;
@@ -244,7 +246,12 @@ impl Sandbox {
     }
 
     fn report_memory(&self, events: Vec<hyper_protocol::rpc::agent::SandboxEvent>) {
+        // One of a kind says it all, however many a guest sends.
+        let mut told = BTreeSet::new();
         for event in events {
+            if !told.insert(event.container_id.clone()) {
+                continue;
+            }
             let is_known = held(&self.containers).contains_key(&event.container_id);
             if is_known && event.kind.enum_value() == Ok(sandbox_event::Kind::OOM) {
                 (self.events)(PodEvent::Oom { container: event.container_id });
@@ -275,6 +282,8 @@ async fn watch_memory(sandbox: std::sync::Weak<Sandbox>) {
             Ok(answer) => {
                 silent = 0;
                 sandbox.report_memory(answer.events);
+                drop(sandbox);
+                tokio::time::sleep(EVENTS_PAUSE).await;
             }
             Err(_) if sandbox.machine.ended().borrow().is_some() => return,
             Err(error) => {

@@ -9,6 +9,8 @@ pub(crate) use container::{
 };
 pub(crate) use image::{ImagesArgs, LoadArgs, PullArgs, PullPolicy, RmiArgs};
 
+use std::path::PathBuf;
+
 use clap::{Args, Parser, Subcommand};
 
 /// Run any Docker image as if it were a local container, each in a virtual machine of its own.
@@ -82,12 +84,37 @@ pub(crate) enum Verb {
     Version(FormatArgs),
     /// Tell whether this host can run virtual machines, and what to do if not
     Doctor(DoctorArgs),
+    /// Make hyper a runtime of other programs of this host
+    Install(InstallArgs),
     /// Supervise one container's virtual machine (started by `hyper start`)
     #[command(hide = true)]
     Supervise {
         /// Full id of the container.
         id: String,
     },
+}
+
+/// Flags of `install`.
+#[derive(Debug, Args)]
+pub(crate) struct InstallArgs {
+    /// For whom.
+    pub(crate) what: InstallWhat,
+    /// Take it out again.
+    #[arg(long)]
+    pub(crate) uninstall: bool,
+    /// Configuration of containerd.
+    #[arg(long, default_value = "/etc/containerd/config.toml")]
+    pub(crate) config: PathBuf,
+    /// Where containerd finds the shim: a folder in its PATH.
+    #[arg(long, default_value = "/usr/local/bin")]
+    pub(crate) bin_dir: PathBuf,
+}
+
+/// Who can use hyper as a runtime.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum InstallWhat {
+    /// containerd, with ctr, nerdctl and Kubernetes
+    Containerd,
 }
 
 /// Verbs of volumes.

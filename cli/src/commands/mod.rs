@@ -7,6 +7,7 @@ mod doctor;
 mod exec;
 mod image;
 mod inspect;
+mod install;
 mod lifecycle;
 mod list;
 mod logs;
@@ -53,6 +54,7 @@ pub(crate) async fn dispatch(verb: Verb) -> Result<i32, CliError> {
         Verb::Volume(verb) => volume::volume(verb),
         Verb::Version(args) => version(&args),
         Verb::Doctor(args) => doctor::doctor(&args).await,
+        Verb::Install(args) => install::install(&args),
         Verb::Supervise { id } => {
             Err(CliError::failed(format!("{id} is supervised by a process of its own")))
         }

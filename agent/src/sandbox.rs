@@ -187,6 +187,10 @@ impl Sandbox {
         reservation.then = Some(Arc::clone(&container));
         container.destroy().await?;
         reservation.then = None;
+        if !self.shares.lock().await.is_empty() {
+            // Shares stay mounted: what was written through a mapping is on its way yet, and the host may end the machine next.
+            sync().await;
+        }
         Ok(())
     }
 
@@ -199,10 +203,7 @@ impl Sandbox {
             }
         }
         // Disks were unmounted with the namespaces of their containers; what is still held is written at least.
-        let synced = tokio::task::spawn_blocking(rustix::fs::sync).await;
-        if synced.is_err() {
-            log::error("sync: the thread is gone");
-        }
+        sync().await;
     }
 
     /// Runs an archive program in a container's root; its standard input or output is the stream.
@@ -229,6 +230,13 @@ impl Sandbox {
         let namespace = container.mount_namespace();
         let plan = plan(ArchivePlan { mount_namespace: namespace.as_raw_fd(), ..request });
         Spawned::start(&self.reaper, &plan, stdio, &[namespace.as_fd()]).await?.answer().await
+    }
+}
+
+/// Writes everything back.
+async fn sync() {
+    if tokio::task::spawn_blocking(rustix::fs::sync).await.is_err() {
+        log::error("sync: the thread is gone");
     }
 }
 

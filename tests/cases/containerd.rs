@@ -172,7 +172,7 @@ fn want_of_memory_is_an_event() {
     let script = format!("exec ctr --address {}/sock events >{log}", containerd.scratch().path().display());
     let events = host(&script).within(900).start();
     std::thread::sleep(std::time::Duration::from_secs(2));
-    let script = "head -c 100000000 /dev/zero | tail -c 90000000 | wc -c; echo survived";
+    let script = "head -c 100000000 /dev/zero | tail -c 90000000 | wc -c; sleep 3";
     let done = containerd.run("--rm --memory-limit 16777216 @busybox hungry sh -c").arg(script).done();
     assert!(!done.text().contains("90000000"), "{}", done.text());
     wait_for("the event", || {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use hyper_protocol::rpc::agent::{
@@ -65,6 +66,8 @@ pub(super) struct PodContainer {
     bundle: PathBuf,
     processes: Mutex<BTreeMap<String, Arc<Process>>>,
     paused: Mutex<bool>,
+    /// That it lacked memory was reported.
+    pub(super) memory_told: AtomicBool,
     hooks: Hooks,
     /// Its root and volumes; undone with it.
     _mounts: Vec<Arc<LiveMount>>,
@@ -185,6 +188,7 @@ impl Sandbox {
             bundle: wish.bundle,
             processes: Mutex::new(BTreeMap::from([(String::new(), Arc::clone(&process))])),
             paused: Mutex::new(false),
+            memory_told: AtomicBool::new(false),
             hooks: translated.hooks,
             _mounts: mounts,
         });

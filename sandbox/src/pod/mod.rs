@@ -29,6 +29,7 @@ mod translate;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hyper_protocol::rpc::agent::{NextEventsRequest, sandbox_event};
@@ -252,8 +253,11 @@ impl Sandbox {
             if !told.insert(event.container_id.clone()) {
                 continue;
             }
-            let is_known = held(&self.containers).contains_key(&event.container_id);
-            if is_known && event.kind.enum_value() == Ok(sandbox_event::Kind::OOM) {
+            let known = held(&self.containers).get(&event.container_id).cloned().flatten();
+            if let Some(container) = known
+                && event.kind.enum_value() == Ok(sandbox_event::Kind::OOM)
+            {
+                container.memory_told.store(true, Ordering::SeqCst);
                 (self.events)(PodEvent::Oom { container: event.container_id });
             }
         }

@@ -5,6 +5,7 @@
 //!                             \--killed, or its machine ends-----^
 //! ```
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -136,7 +137,7 @@ pub(super) async fn watch_over(
     process: Arc<Process>,
     pumps: Pumps,
 ) {
-    let exit = until_exit(&around, &container.id, &process.exec).await;
+    let (exit, for_memory) = until_exit(&around, &container.id, &process.exec).await;
     pumps.finish().await;
     let _gate = process.gate.lock().await;
     if process.exec.is_empty() {
@@ -145,20 +146,25 @@ pub(super) async fn watch_over(
             tracing::warn!(container = container.id, "processes outlive the first one");
         }
     }
+    // The guest's own event may be on its way still, to a container that is about to be deleted.
+    if for_memory && !container.memory_told.swap(true, Ordering::SeqCst) {
+        (around.events)(PodEvent::Oom { container: container.id.clone() });
+    }
     if process.end(exit) {
         let (container, exec) = (container.id.clone(), process.exec.clone());
         (around.events)(PodEvent::Exited { container, exec, exit });
     }
 }
 
-async fn until_exit(around: &Surroundings, container: &str, exec: &str) -> ProcessExit {
+/// How a process ended, and whether the kernel killed something in its container for want of memory.
+async fn until_exit(around: &Surroundings, container: &str, exec: &str) -> (ProcessExit, bool) {
     let process =
         ProcessRef { container_id: container.to_owned(), process_id: exec.to_owned(), ..Default::default() };
-    let lost = || ProcessExit { code: u32::from(LOST_EXIT_CODE), at: now() };
+    let lost = || (ProcessExit { code: u32::from(LOST_EXIT_CODE), at: now() }, false);
     tokio::select! {
         biased;
         status = around.agent.rpc.wait_process(context(None), &process) => match status {
-            Ok(status) => of_status(&status),
+            Ok(status) => (of_status(&status), status.oom_killed),
             Err(error) => {
                 // The connection breaks before the VMM says how the machine ended.
                 let limit: Duration = scaled_ms(END_MS);

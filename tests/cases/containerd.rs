@@ -40,10 +40,7 @@ fn task_goes_through_its_life() {
 #[test]
 fn events_come_in_order() {
     let containerd = Containerd::start();
-    let log = containerd.scratch().join("events");
-    let script = format!("exec ctr --address {}/sock events >{log}", containerd.scratch().path().display());
-    let events = host(&script).within(900).start();
-    std::thread::sleep(std::time::Duration::from_secs(2));
+    let events = containerd.events();
     containerd.run("-d @busybox order sleep 1000").ok();
     containerd.ctr("task exec --exec-id e1 order true").ok();
     containerd.ctr("task pause order").ok();
@@ -52,7 +49,7 @@ fn events_come_in_order() {
     containerd.wait_for_status("order", "STOPPED");
     containerd.ctr("task rm order").ok();
     let seen = wait_for("the last event", || {
-        let text = std::fs::read_to_string(&log).unwrap_or_default();
+        let text = events.text();
         text.contains("/tasks/delete").then_some(text)
     });
     let topics: Vec<_> = seen
@@ -62,7 +59,6 @@ fn events_come_in_order() {
     let wanted =
         ["create", "start", "exec-added", "exec-started", "exit", "paused", "resumed", "exit", "delete"];
     assert_eq!(topics, wanted, "{seen}");
-    drop(events);
 }
 
 #[test]
@@ -168,17 +164,11 @@ fn containers_of_a_pod_share_a_machine() {
 #[test]
 fn want_of_memory_is_an_event() {
     let containerd = Containerd::start();
-    let log = containerd.scratch().join("events");
-    let script = format!("exec ctr --address {}/sock events >{log}", containerd.scratch().path().display());
-    let events = host(&script).within(900).start();
-    std::thread::sleep(std::time::Duration::from_secs(2));
+    let events = containerd.events();
     let script = "head -c 100000000 /dev/zero | tail -c 90000000 | wc -c; sleep 3";
     let done = containerd.run("--rm --memory-limit 16777216 @busybox hungry sh -c").arg(script).done();
     assert!(!done.text().contains("90000000"), "{}", done.text());
-    wait_for("the event", || {
-        std::fs::read_to_string(&log).unwrap_or_default().contains("/tasks/oom").then_some(())
-    });
-    drop(events);
+    wait_for("the event", || events.text().contains("/tasks/oom").then_some(()));
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! `-it` under a real terminal.
 
-use hyper_tests::{Terminal, hyper, wait_for};
+use hyper_tests::{Terminal, hyper};
 
 #[test]
 fn shell_has_job_control() {
@@ -36,11 +36,8 @@ fn resize_arrives() {
     terminal.enter("echo size: $(stty size)");
     terminal.wait_for("size: 24 80");
     terminal.resize(100, 30);
-    wait_for("the new size", || {
-        terminal.enter("clear; echo size: $(stty size)");
-        std::thread::sleep(std::time::Duration::from_secs(1));
-        terminal.screen().contains("size: 30 100").then_some(())
-    });
+    terminal.enter("until stty size | grep -x '30 100'; do sleep 0.1; done; echo siz''ed");
+    terminal.wait_for("sized");
 }
 
 #[test]

@@ -73,6 +73,19 @@ impl Containerd {
         self.ctr(&format!("run --runtime {RUNTIME} {words}"))
     }
 
+    /// Listens to events; what happens from now on is heard.
+    #[must_use]
+    pub fn events(&self) -> Events {
+        let log = self.scratch.join("events");
+        let script = format!("exec ctr --address {}/sock events >{log}", self.scratch.path().display());
+        let events = Events { log, _listener: host(&script).within(3600).start() };
+        wait_for("the listener to hear something", || {
+            self.ctr("image label @busybox heard=yes").ok();
+            events.text().contains("/images/update").then_some(())
+        });
+        events
+    }
+
     fn image(&self) -> String {
         let script = format!("ctr --address {}/sock image ls -q | head -n 1", self.scratch.path().display());
         host(&script).ok().text()
@@ -112,6 +125,21 @@ impl Containerd {
             found.text().is_empty().then_some(())
         });
         host("! grep hytap /proc/net/dev && ! grep /pods/ /proc/mounts").ok();
+    }
+}
+
+/// Events that `ctr events` prints, until this is dropped.
+#[derive(Debug)]
+pub struct Events {
+    log: String,
+    _listener: Running,
+}
+
+impl Events {
+    /// What was printed so far.
+    #[must_use]
+    pub fn text(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 }
 

@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 pub use container::{Container, detached};
-pub use containerd::{Containerd, RUNTIME};
+pub use containerd::{Containerd, Events, RUNTIME};
 pub use program::{Done, Run, Running, host, hyper};
 pub use registry::{AUTH_REGISTRY, REGISTRY, SECRET, USER, image, registry, registry_with_password};
 pub use scratch::Scratch;

@@ -43,6 +43,7 @@ fn unknown_image_is_125() {
 #[test]
 fn unknown_flag_is_125() {
     hyper("run --no-such-flag @busybox").fails(125).complains(&["--no-such-flag"]);
+    hyper("run --rm --no-such-flag @busybox").fails(125).complains(&["unknown flag", "--no-such-flag"]);
 }
 
 #[test]

@@ -19,6 +19,11 @@ const MIB: u64 = 1 << 20;
 /// # Errors
 /// The first flag that cannot be honoured, with exit code 125.
 pub(crate) fn check(options: &ContainerOptions) -> Result<(), CliError> {
+    // Flags end at the image, so a mistyped one that comes after others looks like one.
+    let image = name(options);
+    if image.starts_with('-') {
+        return Err(CliError::usage(format!("unknown flag: {image}: see 'hyper run --help'")));
+    }
     let any = Defaults { cmd: vec!["any".to_owned()], ..Default::default() };
     usage(wish(options, &any, String::new())?.check())
 }

@@ -59,7 +59,8 @@ fn check_user(user: &str, groups: &[String]) -> Result<(), AgentError> {
 /// The device rules of a specification; Docker's and its own devices when it has none.
 pub(crate) fn device_rules(spec: &Spec) -> Vec<DeviceRule> {
     match &spec.linux.resources.devices {
-        Some(rules) if !rules.is_empty() => rules.clone(),
+        // As runc does: what every container has stays allowed, a terminal of a later process among it.
+        Some(rules) if !rules.is_empty() => rules.iter().cloned().chain(device::default_rules()).collect(),
         _ => {
             let own = spec.linux.devices.iter().map(|d| DeviceRule {
                 allow: true,
@@ -266,6 +267,7 @@ mod tests {
         let own =
             Spec::parse(br#"{"process":{"args":["a"]},"linux":{"resources":{"devices":[{"allow":true}]}}}"#)
                 .unwrap();
-        assert_eq!(device_rules(&own).len(), 1);
+        let rules = device_rules(&own);
+        assert!(rules.first().unwrap().major.is_none() && rules.iter().any(|rule| rule.major == Some(136)));
     }
 }

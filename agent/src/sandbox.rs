@@ -13,6 +13,7 @@ use crate::child::rootfs;
 use crate::container::Container;
 use crate::error::{AgentError, ErrorKind, Tried};
 use crate::events::Events;
+use crate::net::loopback::Loopback;
 use crate::plan::{ArchivePlan, Plan, Report};
 use crate::reaper::Reaper;
 use crate::spawn::Spawned;
@@ -31,6 +32,7 @@ pub(crate) struct Sandbox {
     pub reaper: Arc<Reaper>,
     pub streams: Arc<Streams>,
     pub events: Arc<Events>,
+    pub loopback: Loopback,
     containers: Mutex<BTreeMap<String, Slot>>,
     configured: AtomicBool,
     prepared: AtomicBool,

@@ -6,7 +6,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use hyper_protocol::rpc::agent::{
     ArchiveRequest, ArchiveResponse, ConfigureNetworkRequest, ConfigureRequest, ConfigureResponse,
-    ContainerRef, CreateContainerRequest, CreateContainerResponse, CreateProcessRequest,
+    ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateContainerResponse, CreateProcessRequest,
     CreateProcessResponse, Empty, ExitStatus, ListProcessesResponse, NextEventsRequest, NextEventsResponse,
     PathStat, ProcessRef, ResizeTerminalRequest, SandboxEvent, SignalProcessRequest, StartProcessResponse,
     StatPathRequest, StatsResponse, UnpackImageRequest, UnpackImageResponse, UpdateContainerRequest,
@@ -337,6 +337,10 @@ impl Agent for AgentService {
         r: UnpackImageRequest,
     ) -> ttrpc::Result<UnpackImageResponse> {
         Ok(unpack::run(&self.sandbox.streams, r).await?)
+    }
+
+    async fn connect_port(&self, _: &TtrpcContext, r: ConnectPortRequest) -> ttrpc::Result<Empty> {
+        done(self.sandbox.loopback.connect(&self.sandbox.streams, &r).await)
     }
 
     async fn next_events(&self, _: &TtrpcContext, r: NextEventsRequest) -> ttrpc::Result<NextEventsResponse> {

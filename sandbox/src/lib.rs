@@ -28,6 +28,7 @@ mod store;
 mod stream;
 mod supervisor;
 mod sys;
+mod sys_bpf;
 
 pub use clock::{Timestamp, TimestampError};
 pub use config::{

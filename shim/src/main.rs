@@ -9,12 +9,13 @@
 //! The shim decodes, calls the sandbox, encodes and publishes; what a container is, `hyper_sandbox::pod` knows. One thread: the machine and
 //! the network namespace belong to it.
 //!
-//! Files: `start` and `delete` (the two short-lived actions), `serve` (the long one), `service` (what the services share), `task`,
+//! Files: `start`, `delete` and `info` (short-lived), `serve` (the long one), `service` (what the services share), `task`,
 //! `sandbox`, `publish` (events), `bundle` (config.json), `encode` (messages), `status` (gRPC codes), `log`.
 
 mod bundle;
 mod delete;
 mod encode;
+mod info;
 mod log;
 mod publish;
 mod sandbox;
@@ -28,6 +29,10 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use containerd_shim::Flags;
+
+/// This program.
+const NAME: &str = "containerd-shim-hyper-v2";
+const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// Why an action failed.
 #[derive(Debug, thiserror::Error)]
@@ -61,23 +66,26 @@ fn run() -> Result<(), ShimError> {
     let args: Vec<_> = std::env::args_os().skip(1).collect();
     let flags = containerd_shim::parse(&args).map_err(ShimError::Arguments)?;
     if flags.version {
-        return say(&format!("containerd-shim-hyper-v2 {}\n", env!("CARGO_PKG_VERSION")));
+        return say(&format!("{NAME} {VERSION}\n"));
+    }
+    if flags.info {
+        return answer(&info::run()?);
     }
     match flags.action.as_str() {
         "start" => say(&start::run(&flags)?),
-        "delete" => {
-            let answer = delete::run(&flags)?;
-            std::io::stdout().write_all(&answer).map_err(ShimError::io("answer on", "standard output"))
-        }
+        "delete" => answer(&delete::run(&flags)?),
         _ => serve::run(&flags),
     }
 }
 
 fn say(text: &str) -> Result<(), ShimError> {
+    answer(text.as_bytes())
+}
+
+fn answer(bytes: &[u8]) -> Result<(), ShimError> {
     let mut out = std::io::stdout();
-    out.write_all(text.as_bytes())
-        .and_then(|()| out.flush())
-        .map_err(ShimError::io("answer on", "standard output"))
+    let written = out.write_all(bytes).and_then(|()| out.flush());
+    written.map_err(ShimError::io("answer on", "standard output"))
 }
 
 /// The group that a container belongs to: its pod, or itself alone.

@@ -1,6 +1,6 @@
 //! containerd 1.6 with this runtime: each `ctr run` is a virtual machine.
 
-use hyper_tests::{Containerd, host, wait_for};
+use hyper_tests::{Containerd, host, image_name, wait_for};
 
 #[test]
 fn run_prints_and_returns_the_code() {
@@ -93,8 +93,8 @@ fn volumes_are_shared_and_read_only_is_kept() {
     ];
     let mounts: Vec<_> = mounts.iter().map(String::as_str).collect();
     let script = "echo from the guest >/data/out; cat /etc/single; touch /fixed/no 2>&1; cat /fixed/out";
-    let image = "docker.io/library/busybox:latest";
-    let run = containerd.run("--rm").args(&mounts).args(&[image, "volumes", "sh", "-c", script]);
+    let run =
+        containerd.run("--rm").args(&mounts).args(&[&image_name("busybox"), "volumes", "sh", "-c", script]);
     run.ok().shows("one file").shows("Read-only").shows("from the guest");
     assert_eq!(std::fs::read_to_string(format!("{folder}/out")).unwrap(), "from the guest\n");
     assert!(!std::path::Path::new(&format!("{folder}/no")).exists());
@@ -195,7 +195,7 @@ fn killed_shim_is_cleaned_up() {
 
 #[test]
 fn containerd_comes_back_to_running_pods() {
-    let mut containerd = Containerd::start();
+    let containerd = Containerd::start();
     containerd.run("-d @busybox stays sleep 1000").ok();
     containerd.restart();
     assert_eq!(containerd.status("stays"), "RUNNING");

@@ -2,8 +2,12 @@
 
 mod containerd;
 mod containers;
+mod docker;
 mod faults;
 mod images;
+mod kubernetes;
+mod kubernetes_faults;
+mod kubernetes_many;
 mod limits;
 mod many;
 mod network;

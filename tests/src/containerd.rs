@@ -1,70 +1,190 @@
 //! A containerd of a case's own, with this runtime, driven by `ctr`.
+#![expect(clippy::panic, reason = "assertions of the cases; a panic is how a case fails")]
+
+use std::cell::RefCell;
+use std::io::Write;
 
 use crate::program::{Run, Running, host};
 use crate::{Scratch, fixtures, given, wait_for};
 
 /// What every container is started with.
 pub const RUNTIME: &str = "io.containerd.hyper.v2";
-/// The image that is there.
-const IMAGE: &str = "busybox";
+/// Name of the runtime's handler for pods.
+pub const HANDLER: &str = "hyper";
+/// The handler whose pods are made by the Sandbox API; of containerd 2.
+pub const SANDBOX_HANDLER: &str = "hyper-sandbox";
+/// Lines of containerd's log that a failure shows.
+const SHOWN_LINES: usize = 60;
+/// What the names of images in the archives begin with.
+const BASE: &str = "docker.io/library";
+
+/// Which containerd.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Release {
+    /// Debian's, 1.6.
+    One,
+    /// Built from its Go module.
+    Two,
+}
+
+impl Release {
+    /// The name of its configuration's part for pods, and of the version that this form has.
+    fn cri(self) -> (&'static str, u8) {
+        match self {
+            Self::One => ("io.containerd.grpc.v1.cri", 2),
+            Self::Two => ("io.containerd.cri.v1.runtime", 3),
+        }
+    }
+
+    /// Folder of its programs, for the front of the path.
+    fn bin(self) -> String {
+        match self {
+            Self::One => "/usr/bin".to_owned(),
+            Self::Two => peers().display().to_string(),
+        }
+    }
+}
+
+/// Folder of the programs that are built from Go modules.
+pub(crate) fn peers() -> std::path::PathBuf {
+    given("HYPER_TEST_PEERS").join("bin")
+}
 
 /// A running containerd; it and its pods are ended when dropped.
 #[derive(Debug)]
 pub struct Containerd {
+    release: Release,
+    namespace: &'static str,
     scratch: Scratch,
-    daemon: Option<Running>,
+    daemon: RefCell<Option<Running>>,
 }
 
 impl Containerd {
-    /// Starts one with the image busybox.
+    /// Starts Debian's with the image busybox.
     #[must_use]
     pub fn start() -> Self {
-        let scratch = Scratch::new();
-        let path = scratch.path().display().to_string();
-        let config = format!(
-            "version = 2\nroot = \"{path}/root\"\nstate = \"{path}/state\"\n\
-             disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]\naddress = \"{path}/sock\"\n"
-        );
-        scratch.file("config.toml", &config);
-        let mut containerd = Self { scratch, daemon: None };
-        containerd.launch();
-        let archive = fixtures().join("archives/busybox.tar");
-        containerd.ctr("image import --base-name busybox").arg(&archive.to_string_lossy()).ok();
+        Self::start_as(Release::One)
+    }
+
+    /// Starts one with the image busybox.
+    #[must_use]
+    pub fn start_as(release: Release) -> Self {
+        let containerd = Self::prepare(release, "default", "");
+        containerd.import("busybox");
         containerd
     }
 
-    fn launch(&mut self) {
+    /// Starts one for pods, whose network is that of CNI's bridge plugin.
+    #[must_use]
+    pub fn start_for_pods(release: Release) -> Self {
+        let (cri, _) = release.cri();
+        let images = "io.containerd.cri.v1.images";
+        let (pause, cni) = match release {
+            Release::One => (
+                format!("[plugins.\"{cri}\"]\nsandbox_image = \"{BASE}/pause:latest\"\n"),
+                "bin_dir = \"/usr/lib/cni\"",
+            ),
+            Release::Two => (
+                format!("[plugins.\"{images}\".pinned_images]\nsandbox = \"{BASE}/pause:latest\"\n"),
+                "bin_dirs = [\"/usr/lib/cni\"]",
+            ),
+        };
+        let mut config = format!(
+            "{pause}[plugins.\"{cri}\".cni]\n{cni}\nconf_dir = \"@/cni\"\n\
+             [plugins.\"{cri}\".containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\
+             [plugins.\"{cri}\".containerd.runtimes.{HANDLER}]\nruntime_type = \"{RUNTIME}\"\n"
+        );
+        if release == Release::Two {
+            config.push_str(&format!(
+                "[plugins.\"{cri}\".containerd.runtimes.{SANDBOX_HANDLER}]\nruntime_type = \"{RUNTIME}\"\n\
+                 sandboxer = \"shim\"\n"
+            ));
+        }
+        let containerd = Self::prepare(release, "k8s.io", &config);
+        containerd.import("busybox");
+        containerd.import("pause");
+        containerd
+    }
+
+    /// Starts one with more configuration, in which `@` is the folder of its files.
+    fn prepare(release: Release, namespace: &'static str, more: &str) -> Self {
+        let scratch = Scratch::new();
+        let path = scratch.path().display().to_string();
+        let (cri, version) = release.cri();
+        // Without pods nothing of theirs is wanted.
+        let disabled = if more.is_empty() { format!("\"{cri}\"") } else { String::new() };
+        let config = format!(
+            "version = {version}\nroot = \"{path}/root\"\nstate = \"{path}/state\"\n\
+             disabled_plugins = [{disabled}]\n[grpc]\naddress = \"{path}/sock\"\n{}",
+            more.replace('@', &path)
+        );
+        scratch.file("config.toml", &config);
+        if let Err(error) = std::fs::create_dir(scratch.path().join("cni")) {
+            panic!("making a folder for CNI: {error}");
+        }
+        scratch.file("cni/10-case.conflist", CNI_CONF);
+        let containerd = Self { release, namespace, scratch, daemon: RefCell::default() };
+        containerd.launch();
+        containerd
+    }
+
+    /// Brings in an image of the fixtures.
+    pub fn import(&self, name: &str) {
+        let archive = fixtures().join(format!("archives/{name}.tar"));
+        let base = format!("{BASE}/{name}");
+        self.ctr("image import --base-name").args(&[&base, &archive.to_string_lossy()]).ok();
+    }
+
+    /// Starts it, after [`Self::kill`].
+    pub fn launch(&self) {
         let path = self.scratch.path().display();
         let bin = given("HYPER_TEST_PREFIX").join("bin");
         let script = format!(
-            "PATH={}:$PATH:/usr/sbin:/sbin exec containerd --config {path}/config.toml >>{path}/log 2>&1",
-            bin.display()
+            "PATH={}:{}:$PATH:/usr/sbin:/sbin exec containerd --config {path}/config.toml >>{path}/log 2>&1",
+            bin.display(),
+            self.release.bin(),
         );
-        self.daemon = Some(host(&script).within(3600).start());
+        self.daemon.replace(Some(host(&script).within(3600).start()));
         wait_for("containerd", || self.ctr("version").done().code_is(0).then_some(()));
     }
 
-    /// Kills containerd itself and starts it again; the pods live on.
-    pub fn restart(&mut self) {
+    /// Process id of containerd.
+    #[must_use]
+    pub fn daemon_pid(&self) -> u32 {
+        self.daemon.borrow().as_ref().map_or(0, Running::pid)
+    }
+
+    /// Kills containerd itself; the pods live on.
+    pub fn kill(&self) {
         if let Some(daemon) = self.daemon.take() {
             daemon.signal("KILL");
             drop(daemon.done());
         }
+    }
+
+    /// Kills it and starts it again.
+    pub fn restart(&self) {
+        self.kill();
         self.launch();
     }
 
-    /// `ctr` with words that are split at white space; `@busybox` is the image.
+    /// `ctr` with words that are split at white space; `@NAME` is an image of the fixtures.
     #[must_use]
     pub fn ctr(&self, words: &str) -> Run {
-        let script = format!("exec ctr --address {}/sock \"$@\"", self.scratch.path().display());
+        let script = format!("exec {} \"$@\"", self.ctr_words());
         let mut run = host(&script).arg("ctr");
         for word in words.split_whitespace() {
             run = match word.strip_prefix('@') {
-                Some(IMAGE) => run.arg(&self.image()),
-                _ => run.arg(word),
+                Some(name) => run.arg(&image_name(name)),
+                None => run.arg(word),
             };
         }
         run
+    }
+
+    fn ctr_words(&self) -> String {
+        let (bin, path) = (self.release.bin(), self.scratch.path().display());
+        format!("{bin}/ctr --address {path}/sock --namespace {}", self.namespace)
     }
 
     /// `ctr run` with this runtime.
@@ -77,18 +197,13 @@ impl Containerd {
     #[must_use]
     pub fn events(&self) -> Events {
         let log = self.scratch.join("events");
-        let script = format!("exec ctr --address {}/sock events >{log}", self.scratch.path().display());
+        let script = format!("exec {} events >{log}", self.ctr_words());
         let events = Events { log, _listener: host(&script).within(3600).start() };
         wait_for("the listener to hear something", || {
             self.ctr("image label @busybox heard=yes").ok();
             events.text().contains("/images/update").then_some(())
         });
         events
-    }
-
-    fn image(&self) -> String {
-        let script = format!("ctr --address {}/sock image ls -q | head -n 1", self.scratch.path().display());
-        host(&script).ok().text()
     }
 
     /// What a task does, as `ctr task ls` says it; empty when there is none.
@@ -118,13 +233,28 @@ impl Containerd {
         &self.scratch
     }
 
-    /// Nothing of a pod is left on the host: no process, no interface, no directory.
+    /// Nothing of a pod is left on the host: no process, mount, interface, control group, network namespace or file.
+    ///
+    /// # Panics
+    /// When something stays; it says what.
     pub fn leaves_nothing(&self) {
-        wait_for("the shim to be gone", || {
-            let found = host("pgrep -x 'hyper-vmm|hyper-fs|containerd-shim' ; ls ${HYPER_RUN:-/run/hyper}/pods 2>/dev/null").done();
-            found.text().is_empty().then_some(())
-        });
-        host("! grep hytap /proc/net/dev && ! grep /pods/ /proc/mounts").ok();
+        let script = format!(
+            "pgrep -ax 'hyper-vmm|hyper-fs|containerd-shim'; find ${{HYPER_RUN:-/run/hyper}}/pods /run/containerd/s \
+             /var/run/netns {state}/io.containerd.runtime.v2.task/*/ -mindepth 1 2>/dev/null | grep -v /podnet; \
+             grep hytap /proc/net/dev; grep -e /pods/ -e {state} /proc/mounts; \
+             find /sys/fs/cgroup -mindepth 2 -type d -path '*/{namespace}/*'; true",
+            state = self.scratch.join("state"),
+            namespace = self.namespace,
+        );
+        let start = std::time::Instant::now();
+        loop {
+            let left = host(&script).ok().text();
+            if left.is_empty() {
+                return;
+            }
+            assert!(start.elapsed() < crate::DEADLINE, "left on the host:\n{left}");
+            std::thread::sleep(std::time::Duration::from_millis(200));
+        }
     }
 }
 
@@ -143,13 +273,33 @@ impl Events {
     }
 }
 
+/// What an image of the fixtures is called in containerd.
+#[must_use]
+pub fn image_name(name: &str) -> String {
+    format!("{BASE}/{name}:latest")
+}
+
+/// A network of CNI's bridge plugin.
+const CNI_CONF: &str = r#"{"cniVersion":"0.4.0","name":"pods","plugins":[{"type":"bridge","bridge":"cnipods","isGateway":true,
+    "ipMasq":false,"ipam":{"type":"host-local","subnet":"10.88.9.0/24","routes":[{"dst":"0.0.0.0/0"}]}},
+    {"type":"loopback"}]}"#;
+
+/// Prints the last lines of a daemon's log that are no mere news.
+pub(crate) fn show_log(path: &str) {
+    let log = std::fs::read_to_string(path).unwrap_or_default();
+    let lines: Vec<_> = log.lines().filter(|line| !line.contains("level=info")).collect();
+    let shown = lines.get(lines.len().saturating_sub(SHOWN_LINES)..).unwrap_or_default();
+    drop(writeln!(std::io::stderr(), "--- {path}\n{}", shown.join("\n")));
+}
+
 impl Drop for Containerd {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            show_log(&self.scratch.join("log"));
+        }
         // What a failed case left; containers that are gone are no matter.
-        let script = format!(
-            "for t in $(ctr --address {0}/sock task ls -q); do timeout 30 ctr --address {0}/sock task rm -f $t; done",
-            self.scratch.path().display()
-        );
+        let ctr = self.ctr_words();
+        let script = format!("for t in $({ctr} task ls -q); do timeout 30 {ctr} task rm -f $t; done");
         drop(host(&script).done());
         if let Some(daemon) = self.daemon.take() {
             daemon.signal("TERM");

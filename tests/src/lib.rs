@@ -6,6 +6,8 @@
 
 mod container;
 mod containerd;
+mod docker;
+mod pods;
 mod program;
 mod registry;
 mod scratch;
@@ -15,7 +17,9 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 pub use container::{Container, detached};
-pub use containerd::{Containerd, Events, RUNTIME};
+pub use containerd::{Containerd, Events, HANDLER, RUNTIME, Release, SANDBOX_HANDLER, image_name};
+pub use docker::Docker;
+pub use pods::{Pod, PodSpec};
 pub use program::{Done, Run, Running, host, hyper};
 pub use registry::{AUTH_REGISTRY, REGISTRY, SECRET, USER, image, registry, registry_with_password};
 pub use scratch::Scratch;
@@ -55,6 +59,12 @@ pub fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
         assert!(start.elapsed() < DEADLINE, "waited {} s in vain for {what}", DEADLINE.as_secs());
         std::thread::sleep(Duration::from_millis(100));
     }
+}
+
+/// Something measured: a line that the run shows, whether the case passes or not.
+#[expect(clippy::print_stdout, reason = "the run picks it out of the case's output")]
+pub fn note(text: &str) {
+    println!("@note {text}");
 }
 
 /// The SHA-256 of bytes, in hex.

@@ -25,7 +25,17 @@ const MACHINE_LIMIT: u64 = 2400;
 /// What the job prints before the result of each case.
 const MARK: &str = "@case ";
 /// Groups that take longest; they start first.
-const LONGEST: [&str; 5] = ["faults", "services", "many", "options", "containers"];
+const LONGEST: [&str; 9] = [
+    "kubernetes_many",
+    "kubernetes_faults",
+    "faults",
+    "services",
+    "many",
+    "options",
+    "kubernetes",
+    "containers",
+    "containerd",
+];
 
 /// How many passed and failed.
 #[derive(Default, Clone, Copy)]
@@ -34,10 +44,23 @@ pub(crate) struct Tally {
     pub(crate) failed: usize,
     /// Cases that were left out because they are on trial.
     pub(crate) on_trial: usize,
+    /// Cases that were left out because their programs could not be built here.
+    pub(crate) without_peers: usize,
 }
 
 /// Cases that have not been seen to pass yet: they do not decide, and the count says how many they are.
 const TRIAL_LIST: &str = "tests/trial.txt";
+
+/// Groups that need programs which are built from Go modules.
+const NEED_PEERS: [&str; 4] = ["docker", "kubernetes", "kubernetes_faults", "kubernetes_many"];
+
+/// What the cases are run with.
+pub(crate) struct Inputs<'a> {
+    pub(crate) product: &'a Product,
+    pub(crate) fixtures: &'a Path,
+    /// Programs of others; without them the groups that need them are left out, and counted.
+    pub(crate) peers: Option<&'a Path>,
+}
 
 /// Names in the list; a line is a name, or begins with `#`.
 fn trial_names() -> Result<Vec<String>> {
@@ -48,7 +71,7 @@ fn trial_names() -> Result<Vec<String>> {
 }
 
 /// Builds the cases and runs those that the filter picks.
-pub(crate) fn run(options: &Options, product: &Product, fixtures: &Path) -> Result<Tally> {
+pub(crate) fn run(options: &Options, inputs: &Inputs<'_>) -> Result<Tally> {
     let program = build()?;
     let list = command::text(Command::new(&program).args(["--list", "--format", "terse"]))?;
     let trial = trial_names()?;
@@ -57,7 +80,7 @@ pub(crate) fn run(options: &Options, product: &Product, fixtures: &Path) -> Resu
         bail!("{TRIAL_LIST} names {unknown}, which is no case");
     }
     let on_trial = if options.filter.is_empty() && !options.trial { trial.len() } else { 0 };
-    let names: Vec<String> = all
+    let mut names: Vec<String> = all
         .into_iter()
         .filter(|name| {
             let listed = trial.iter().any(|other| other == name);
@@ -71,11 +94,19 @@ pub(crate) fn run(options: &Options, product: &Product, fixtures: &Path) -> Resu
     if names.is_empty() {
         bail!("no case fits {:?}", options.filter);
     }
+    let chosen = names.len();
+    if inputs.peers.is_none() {
+        names.retain(|name| !NEED_PEERS.contains(&name.split("::").next().unwrap_or_default()));
+    }
+    let without_peers = chosen - names.len();
+    if names.is_empty() {
+        return Ok(Tally { on_trial, without_peers, ..Tally::default() });
+    }
     let groups = group(&names);
     crate::say(format!("test: {} lab cases in {} groups", names.len(), groups.len()));
     let folder = cache::dir()?.join(format!("lab-cases/{}", std::process::id()));
     cache::remove_dir(&folder)?;
-    let bench = Bench { product, program: &program, fixtures, folder: &folder, here: options.here };
+    let bench = Bench { inputs, program: &program, folder: &folder, here: options.here };
     let lanes = if options.here { 1 } else { options.jobs.clamp(1, groups.len()) };
     let queue = Mutex::new(groups);
     let tally = thread::scope(|scope| {
@@ -87,7 +118,7 @@ pub(crate) fn run(options: &Options, product: &Product, fixtures: &Path) -> Resu
                 })
             })
             .collect();
-        let mut tally = Tally { on_trial, ..Tally::default() };
+        let mut tally = Tally { on_trial, without_peers, ..Tally::default() };
         for worker in workers {
             let part = worker.join().map_err(|_| anyhow::anyhow!("a lane of cases broke"))??;
             tally.passed += part.passed;
@@ -143,9 +174,8 @@ fn group(names: &[String]) -> VecDeque<(String, Vec<String>)> {
 
 /// What every machine needs to know.
 struct Bench<'a> {
-    product: &'a Product,
+    inputs: &'a Inputs<'a>,
     program: &'a Path,
-    fixtures: &'a Path,
     folder: &'a Path,
     here: bool,
 }
@@ -215,11 +245,13 @@ impl Bench<'_> {
 
     /// One process per case, its output in a file, one line per result.
     fn job(&self, names: &[String], logs: &Path, machine_is_ours: bool) -> String {
-        let hyper = self.product.hyper();
+        let Inputs { product, fixtures, peers } = self.inputs;
+        let hyper = product.hyper();
         let mut job = format!(
-            "export HYPER_TEST_PREFIX='{}' HYPER_TEST_FIXTURES='{}'\n",
-            self.product.prefix.display(),
-            self.fixtures.display()
+            "export HYPER_TEST_PREFIX='{}' HYPER_TEST_FIXTURES='{}' HYPER_TEST_PEERS='{}'\n",
+            product.prefix.display(),
+            fixtures.display(),
+            peers.unwrap_or(Path::new("")).display()
         );
         if machine_is_ours {
             job.push_str("export HYPER_TIMEOUT_SCALE=10 HYPER_TEST_SCRATCH=/var/lib/hyper HYPER_TEST_KEEP_REGISTRY=1 HYPER_ROOT=/var/lib/hyper/state\n");
@@ -234,6 +266,7 @@ impl Bench<'_> {
             job.push_str(&format!(
                 "start=$SECONDS; timeout -k 10 {CASE_LIMIT} '{program}' --exact {name} --nocapture >'{logs}/{name}.log' 2>&1 </dev/null && \
                  verdict=ok || verdict=FAILED\n\
+                 grep -a '^@note ' '{logs}/{name}.log'\n\
                  echo \"{MARK}$verdict {name} ($((SECONDS - start)) s)\"\n\
                  [ $verdict = ok ] || {{ timeout 120 '{hyper}' rm -f $(timeout 60 '{hyper}' ps -aq) >/dev/null 2>&1; true; }}\n",
                 program = self.program.display(),

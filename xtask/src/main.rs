@@ -14,6 +14,7 @@ mod fixtures;
 mod kernel;
 mod lab;
 mod lab_parts;
+mod peers;
 mod product;
 mod rootfs;
 mod rules;
@@ -46,6 +47,8 @@ enum Task {
     Kernel,
     /// Make the images that the tests use.
     Fixtures,
+    /// Build the programs of others that the tests use and Debian does not have.
+    Peers,
     /// Build, then run a container in a microVM: here, or in the lab when this host's KVM cannot.
     Run,
     /// Format, lints, house rules, unit tests, and the black-box cases in the lab.
@@ -87,6 +90,10 @@ fn perform(task: Task) -> Result<ExitCode> {
             setup::run()?;
             say(format!("made {}", fixtures::make()?.display()));
         }
+        Task::Peers => match peers::make()? {
+            Some(folder) => say(format!("built {}", folder.display())),
+            None => anyhow::bail!("the peers need go and its modules"),
+        },
         Task::Test(options) => return test::run(&options),
         Task::Bench(options) => bench::run(&options)?,
         Task::Lint => test::lint()?,

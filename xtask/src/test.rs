@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 
 use crate::cases::{self, Tally};
 use crate::product::cargo;
-use crate::{command, fixtures, product, rules, setup};
+use crate::{command, fixtures, peers, product, rules, setup};
 
 /// What to run.
 #[derive(clap::Args)]
@@ -51,15 +51,21 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     }
     let product = if options.prebuilt { product::installed()? } else { product::build()? };
     let fixtures = fixtures::make()?;
-    let cases = cases::run(options, &product, &fixtures)?;
+    let peers = peers::make()?;
+    let inputs = cases::Inputs { product: &product, fixtures: &fixtures, peers: peers.as_deref() };
+    let cases = cases::run(options, &inputs)?;
     let passed = units.passed + cases.passed;
     let failed = units.failed + cases.failed + failed_steps.len();
     crate::say(format!(
-        "{} unit tests, {} lab cases run, {} lab cases failed, {} on trial and not run (cargo xtask test --lab-only --trial){}",
+        "{} unit tests, {} lab cases run, {} lab cases failed, {} on trial and not run (cargo xtask test --lab-only --trial){}{}",
         units.passed + units.failed,
         cases.passed + cases.failed,
         cases.failed,
         cases.on_trial,
+        match cases.without_peers {
+            0 => String::new(),
+            count => format!(", {count} not run for want of go or its modules"),
+        },
         if failed_steps.is_empty() {
             String::new()
         } else {

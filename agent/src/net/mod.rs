@@ -3,4 +3,5 @@
 pub(crate) mod address;
 pub(crate) mod configure;
 pub(crate) mod dns;
+pub(crate) mod loopback;
 mod netlink;

@@ -13,13 +13,14 @@
 //! machine live as long as their descriptors. Whoever calls owns the ids and the bundles.
 //!
 //! Files: `live` (what the guest sees of the host's files), `mounts` (rootfs), `translate` (OCI specification of the host to that of
-//! the guest), `netns` (interfaces, TAPs, redirection), `rtnetlink`, `io` (FIFOs), `process`, `container`, `machine`, `hooks`, `error`.
+//! the guest), `netns` (interfaces, TAPs, redirection), `rtnetlink`, `loopback` (port-forward), `io` (FIFOs), `process`, `container`, `machine`, `hooks`, `error`.
 
 mod container;
 mod error;
 mod hooks;
 mod io;
 mod live;
+mod loopback;
 mod machine;
 mod mounts;
 mod netns;
@@ -38,6 +39,7 @@ use tokio::time::timeout;
 
 use self::container::PodContainer;
 use self::live::LiveShare;
+use self::loopback::Forwarding;
 use self::machine::Machine;
 use self::netns::{HostNetwork, PodNetwork};
 use crate::clock::Timestamp;
@@ -144,6 +146,8 @@ pub struct Sandbox {
     events: EventSink,
     /// Host name of the pod.
     hostname: Mutex<String>,
+    /// The namespace's loopback is the guest's, if the host's kernel can do that.
+    _forwarding: Option<Forwarding>,
 }
 
 impl std::fmt::Debug for Sandbox {
@@ -162,7 +166,13 @@ impl Sandbox {
     /// # Errors
     /// A part that is missing, a namespace that cannot be entered, or a machine that does not come up; nothing is left then.
     pub async fn start(spec: SandboxSpec, parts: &Parts, events: EventSink) -> Result<Arc<Self>, PodError> {
-        let (machine, agent, live, network) = Machine::start(&spec, parts).await?;
+        let (machine, agent, live, mut network) = Machine::start(&spec, parts).await?;
+        let forwarding = network.loopback.take().and_then(|loopback| {
+            loopback
+                .serve(&agent)
+                .inspect_err(|error| tracing::warn!(%error, "there will be no port-forward"))
+                .ok()
+        });
         let sandbox = Arc::new(Self {
             machine,
             agent,
@@ -172,6 +182,7 @@ impl Sandbox {
             containers: Mutex::new(BTreeMap::new()),
             events,
             hostname: Mutex::default(),
+            _forwarding: forwarding,
         });
         tokio::spawn(watch_memory(Arc::downgrade(&sandbox)));
         Ok(sandbox)

@@ -19,6 +19,7 @@ use hyper_protocol::rpc::agent::{ConfigureNetworkRequest, Interface, Neighbour, 
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
 
 use super::PodError;
+use super::loopback::Loopback;
 use super::rtnetlink::{Found, Socket};
 use crate::launch::NetPlan;
 use crate::network::{MTU, NetworkError, mac_text, make_tap};
@@ -77,6 +78,8 @@ pub(super) struct PodNetwork {
     taps: Vec<Tap>,
     /// The guest knows it.
     pub(super) configured: bool,
+    /// Connections to the loopback of the namespace, until somebody serves them.
+    pub(super) loopback: Option<Loopback>,
     pub(super) host: Arc<HostNetwork>,
 }
 
@@ -132,7 +135,10 @@ impl PodNetwork {
         let host = Arc::new(HostNetwork::current()?);
         enter(netns)?;
         let socket = Socket::open().map_err(refused("ask for the interfaces of the pod"))?;
-        let mut network = Self { socket, taps: Vec::new(), configured: false, host };
+        let loopback = Loopback::take()
+            .inspect_err(|error| tracing::warn!(%error, "there will be no port-forward"))
+            .ok();
+        let mut network = Self { socket, taps: Vec::new(), configured: false, loopback, host };
         let mut plans = Vec::new();
         let links = network.links()?;
         for link in &links {

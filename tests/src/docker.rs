@@ -1,0 +1,72 @@
+//! A Docker engine of a case's own, on a containerd of its own, and Debian's client.
+//!
+//! Debian 12's own engine, 20.10, takes runtimes of containerd's API from nobody: those came with 23.0.
+
+use crate::containerd::{peers, show_log};
+use crate::program::{Run, Running, host};
+use crate::{Scratch, fixtures, given, wait_for};
+
+/// A running dockerd; it and its containers are ended when dropped.
+#[derive(Debug)]
+pub struct Docker {
+    scratch: Scratch,
+    daemon: Option<Running>,
+}
+
+impl Docker {
+    /// Starts one with the image busybox.
+    #[must_use]
+    pub fn start() -> Self {
+        let scratch = Scratch::new();
+        let path = scratch.path().display();
+        let bin = given("HYPER_TEST_PREFIX").join("bin");
+        let script = format!(
+            "DOCKER_MIN_API_VERSION=1.41 PATH={}:{}:$PATH:/usr/sbin:/sbin exec dockerd --host unix://{path}/sock --data-root {path}/data \
+             --exec-root {path}/exec --pidfile {path}/pid --storage-driver overlay2 >{path}/log 2>&1",
+            bin.display(),
+            peers().display()
+        );
+        let daemon = Some(host(&script).within(3600).start());
+        let docker = Self { scratch, daemon };
+        wait_for("dockerd", || docker.docker("version").done().code_is(0).then_some(()));
+        docker.docker("load -q -i").arg(&fixtures().join("archives/busybox.tar").to_string_lossy()).ok();
+        docker
+    }
+
+    /// `docker` with words that are split at white space.
+    #[must_use]
+    pub fn docker(&self, words: &str) -> Run {
+        let script =
+            format!("exec /usr/bin/docker --host unix://{}/sock \"$@\"", self.scratch.path().display());
+        words.split_whitespace().fold(host(&script).arg("docker"), |run, word| run.arg(word))
+    }
+
+    /// `docker run` with this runtime.
+    #[must_use]
+    pub fn run(&self, words: &str) -> Run {
+        self.docker(&format!("run --runtime {} {words}", crate::RUNTIME))
+    }
+
+    /// Where its files are.
+    #[must_use]
+    pub fn scratch(&self) -> &Scratch {
+        &self.scratch
+    }
+}
+
+impl Drop for Docker {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            show_log(&self.scratch.join("log"));
+        }
+        let script = "docker rm -f $(docker ps -aq)".replace(
+            "docker ",
+            &format!("timeout 120 /usr/bin/docker --host unix://{}/sock ", self.scratch.path().display()),
+        );
+        drop(host(&script).done());
+        if let Some(daemon) = self.daemon.take() {
+            daemon.signal("TERM");
+            drop(daemon.done());
+        }
+    }
+}

@@ -21,6 +21,7 @@ mod log;
 mod net;
 mod plan;
 mod process;
+mod processors;
 mod reaper;
 mod request;
 mod sandbox;

@@ -8,9 +8,9 @@ use hyper_protocol::rpc::agent::{
     ArchiveRequest, ArchiveResponse, ConfigureNetworkRequest, ConfigureRequest, ConfigureResponse,
     ContainerRef, CreateContainerRequest, CreateContainerResponse, CreateProcessRequest,
     CreateProcessResponse, Empty, ExitStatus, ListProcessesResponse, NextEventsRequest, NextEventsResponse,
-    PathStat, ProcessRef, ResizeTerminalRequest, SandboxEvent, SignalProcessRequest, StartProcessResponse,
-    StatPathRequest, StatsResponse, UnpackImageRequest, UnpackImageResponse, UpdateContainerRequest,
-    sandbox_event,
+    PathStat, ProcessRef, ResizeTerminalRequest, SandboxEvent, SetProcessorsRequest, SignalProcessRequest,
+    StartProcessResponse, StatPathRequest, StatsResponse, UnpackImageRequest, UnpackImageResponse,
+    UpdateContainerRequest, sandbox_event,
 };
 use hyper_protocol::rpc::agent_ttrpc::Agent;
 use ttrpc::r#async::TtrpcContext;
@@ -26,7 +26,7 @@ use crate::request;
 use crate::sandbox::{self, Direction, Sandbox};
 use crate::spec::{ResourceSpec, Spec};
 use crate::stdio::Connections;
-use crate::{sysctl, unpack};
+use crate::{processors, sysctl, unpack};
 
 /// Highest signal number.
 const MAX_SIGNAL: u32 = 64;
@@ -313,6 +313,12 @@ impl Agent for AgentService {
         let container = self.sandbox.container(&r.container_id)?;
         let resources = ResourceSpec::parse(&r.oci_resources)?;
         done(container.cgroup().apply(&resources))
+    }
+
+    async fn set_processors(&self, _: &TtrpcContext, r: SetProcessorsRequest) -> ttrpc::Result<Empty> {
+        // The kernel waits for each of them.
+        let set = tokio::task::spawn_blocking(move || processors::set_online(r.online)).await;
+        done(set.unwrap_or_else(|_| Err(AgentError::state("the thread has ended"))))
     }
 
     async fn delete_container(&self, _: &TtrpcContext, r: ContainerRef) -> ttrpc::Result<Empty> {

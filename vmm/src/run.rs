@@ -167,6 +167,26 @@ impl Controller {
                 let set = self.machine.balloon.as_ref().map(|balloon| balloon.set_pages(pages));
                 self.reply(set.map(|()| Reply::Done).ok_or("this machine has no balloon".to_owned()), ops);
             }
+            Request::Vcpus { .. } if self.state == RunState::Paused => {
+                self.reply(Err("this machine is paused: resume it first".to_owned()), ops);
+            }
+            Request::Vcpus { count } => {
+                let made = self.machine.add_vcpus(count);
+                self.reply(made.map(|()| Reply::Done).map_err(|e| log::chain(&e)), ops);
+            }
+            Request::HotMemory { mib, serial } => {
+                // Answered first: the event that follows may be there already.
+                let goal = self.machine.memory.clone();
+                self.reply(
+                    goal.as_ref()
+                        .map(|_| Reply::Done)
+                        .ok_or("no memory can be added to this machine".to_owned()),
+                    ops,
+                );
+                if let Some(goal) = goal {
+                    goal.set(u64::from(mib) << 20, serial);
+                }
+            }
             Request::Shutdown => {
                 self.reply(done, ops);
                 self.end(ExitCause::Shutdown, exit_code::ENDED);
@@ -198,6 +218,9 @@ impl Controller {
                     self.serve_metrics(ops);
                     // One try per turn of the loop, so that the vCPU thread gets what it waits for.
                     return;
+                }
+                Notice::MemoryReached(serial) => {
+                    self.socket.send(&Message::Event { event: Event::MemoryReached { serial } });
                 }
                 Notice::AllParked | Notice::Retry => {}
                 Notice::Ended(ending) => return self.guest_ended(ending),

@@ -13,6 +13,7 @@ use protobuf::MessageField;
 use serde_json::Value;
 use tokio::time::timeout;
 
+use super::growth::{Claim, Claimed};
 use super::hooks::{Hooks, Moment};
 use super::io::{Ends, Input, StdioPaths};
 use super::live::LiveMount;
@@ -140,6 +141,8 @@ impl Sandbox {
         let pod_hostname = held(&self.hostname).clone();
         let translated = translate::container(&wish.config, &wish.bundle, &pod_hostname)?;
         let ends = Ends::open(&wish.stdio)?;
+        let claimed = Claimed::new(&self.growth, &wish.id, translated.claim);
+        self.fit_or_warn().await;
         let root = if wish.rootfs.is_empty() {
             self.live.bind(&translated.root, false)?
         } else {
@@ -198,6 +201,7 @@ impl Sandbox {
         }
         announce();
         tokio::spawn(watch_over(self.around(), Arc::clone(&container), process, pumps));
+        claimed.keep();
         reservation.fill(&container);
         Ok(())
     }
@@ -513,12 +517,20 @@ impl Sandbox {
             // Device rules do not change.
             wish.remove("devices");
         }
+        let before = self.growth.claim_of(id);
+        let after = Claim::of(&wish, before);
+        self.growth.set_claim(id, before.max(after));
+        self.fit_or_warn().await;
         let request = UpdateContainerRequest {
             container_id: id.to_owned(),
             oci_resources: wish.to_string().into_bytes(),
             ..Default::default()
         };
-        self.call("UpdateContainer", self.agent.rpc.update_container(call(), &request)).await.map(drop)
+        let updated = self.call("UpdateContainer", self.agent.rpc.update_container(call(), &request)).await;
+        // Only now what was more than it is; and nothing has changed if the guest refused.
+        self.growth.set_claim(id, if updated.is_ok() { after } else { before });
+        self.fit_or_warn().await;
+        updated.map(drop)
     }
 
     /// Forgets a process that has ended or never ran; with the first one goes the container.
@@ -547,6 +559,7 @@ impl Sandbox {
         let ended = timeout(scaled_ms(DELETED_MS), exits.wait_for(Option::is_some)).await;
         let exit = ended.ok().and_then(|exit| *exit.ok()?).unwrap_or(never);
         held(&self.containers).remove(id);
+        self.give_up(id).await;
         let about = (id, 0, container.bundle.as_path());
         if let Err(error) = container.hooks.run(Moment::Stopped, about, &self.host).await {
             tracing::warn!(id, %error, "poststop");

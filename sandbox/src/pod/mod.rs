@@ -13,10 +13,12 @@
 //! machine live as long as their descriptors. Whoever calls owns the ids and the bundles.
 //!
 //! Files: `live` (what the guest sees of the host's files), `mounts` (rootfs), `translate` (OCI specification of the host to that of
-//! the guest), `netns` (interfaces, TAPs, redirection), `rtnetlink`, `io` (FIFOs), `process`, `container`, `machine`, `hooks`, `error`.
+//! the guest), `netns` (interfaces, TAPs, redirection), `rtnetlink`, `io` (FIFOs), `process`, `container`, `machine`, `growth`
+//! (how large it is while it runs), `hooks`, `error`.
 
 mod container;
 mod error;
+mod growth;
 mod hooks;
 mod io;
 mod live;
@@ -37,8 +39,9 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use self::container::PodContainer;
+use self::growth::Growth;
 use self::live::LiveShare;
-use self::machine::Machine;
+use self::machine::{Machine, Started};
 use self::netns::{HostNetwork, PodNetwork};
 use crate::clock::Timestamp;
 use crate::dirs::Parts;
@@ -46,6 +49,7 @@ use crate::launch::{Agent, context, scaled_ms};
 
 pub use self::container::{BundleConfig, ContainerStatus};
 pub use self::error::PodError;
+pub use self::growth::GUEST_MIB;
 pub use self::io::StdioPaths;
 pub use self::live::clean;
 pub use self::mounts::{RootMount, private_mounts};
@@ -71,9 +75,9 @@ pub struct SandboxSpec {
     pub hostname: String,
     /// Where sockets, logs and the shared directory are made. What a dead sandbox left there is removed; it goes with the sandbox.
     pub run_dir: PathBuf,
-    /// vCPUs.
+    /// vCPUs at first; there are more while containers may use more.
     pub vcpus: u8,
-    /// Memory that the guest has, MiB.
+    /// Memory that the guest has at first, MiB; the same goes for it.
     pub mem_mib: u32,
     /// The network namespace that is joined to the guest; `None`: a new one, for somebody to configure before the first start.
     pub netns: Option<PathBuf>,
@@ -137,6 +141,7 @@ pub type EventSink = Arc<dyn Fn(PodEvent) + Send + Sync>;
 pub struct Sandbox {
     machine: Machine,
     agent: Arc<Agent>,
+    growth: Arc<Growth>,
     live: LiveShare,
     host: Arc<HostNetwork>,
     network: tokio::sync::Mutex<PodNetwork>,
@@ -162,10 +167,11 @@ impl Sandbox {
     /// # Errors
     /// A part that is missing, a namespace that cannot be entered, or a machine that does not come up; nothing is left then.
     pub async fn start(spec: SandboxSpec, parts: &Parts, events: EventSink) -> Result<Arc<Self>, PodError> {
-        let (machine, agent, live, network) = Machine::start(&spec, parts).await?;
+        let Started { machine, agent, live, network, growth } = Machine::start(&spec, parts).await?;
         let sandbox = Arc::new(Self {
             machine,
             agent,
+            growth: Arc::new(growth),
             live,
             host: Arc::clone(&network.host),
             network: tokio::sync::Mutex::new(network),

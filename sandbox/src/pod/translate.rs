@@ -10,6 +10,7 @@ use hyper_protocol::rpc::agent::{TmpfsSource, mount};
 use serde_json::{Map, Value, json};
 
 use super::PodError;
+use super::growth::Claim;
 use super::hooks::Hooks;
 use super::live::size_bytes;
 
@@ -56,6 +57,8 @@ pub(super) struct Translated {
     pub(super) pid_namespace_of: Option<String>,
     /// What runs on the host.
     pub(super) hooks: Hooks,
+    /// What it may use of the machine.
+    pub(super) claim: Claim,
 }
 
 /// Something to mount after the kernel's file systems.
@@ -101,6 +104,7 @@ pub(super) fn container(config: &[u8], bundle: &Path, pod_hostname: &str) -> Res
         own => own.to_owned(),
     };
     let hooks = Hooks::parse(&spec)?;
+    let claim = Claim::of(spec.pointer("/linux/resources").unwrap_or(&Value::Null), Claim::default());
     let Some(all) = spec.as_object_mut() else { return Err(invalid("config.json is no object")) };
     all.insert("mounts".into(), Value::Array(kernel));
     all.insert("hostname".into(), Value::String(hostname.clone()));
@@ -112,7 +116,18 @@ pub(super) fn container(config: &[u8], bundle: &Path, pod_hostname: &str) -> Res
         guest_linux(linux)?;
     }
     let oci = spec.to_string().into_bytes();
-    Ok(Translated { oci, hostname, root, root_read_only, terminal, size, volumes, pid_namespace_of, hooks })
+    Ok(Translated {
+        oci,
+        hostname,
+        root,
+        root_read_only,
+        terminal,
+        size,
+        volumes,
+        pid_namespace_of,
+        hooks,
+        claim,
+    })
 }
 
 /// Whether a process has a terminal, and of which size.

@@ -54,6 +54,19 @@ pub enum Request {
         /// Memory to take from the guest, in pages of 4 KiB.
         pages: u32,
     },
+    /// Make the processors up to this number, which wait for the guest to start them. Those that are there stay.
+    Vcpus {
+        /// How many there are to be, at most the spec's.
+        count: u8,
+    },
+    /// Set how much memory the guest is to have beside that of boot. The guest takes or gives it when it can; once it has,
+    /// [`Event::MemoryReached`] comes, unless another such request came first.
+    HotMemory {
+        /// How much, MiB, rounded up to what can be plugged at once; at most the spec's.
+        mib: u32,
+        /// Comes back with the event.
+        serial: u64,
+    },
     /// End the machine now, without asking the guest.
     Shutdown,
 }
@@ -133,6 +146,11 @@ pub struct Metrics {
 pub enum Event {
     /// The agent wrote [`lifecycle::AGENT_READY`].
     AgentReady,
+    /// The guest has as much memory as it was to have by the latest [`Request::HotMemory`].
+    MemoryReached {
+        /// That request's.
+        serial: u64,
+    },
     /// The machine has ended; the process exits after sending this.
     Exited {
         /// How it ended.

@@ -1,0 +1,89 @@
+//! What changes a machine while it runs. Whoever holds these does not keep the machine alive.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+
+use hyper_vmm_spec::control::Request;
+use tokio::time::timeout;
+
+use super::control::Control;
+use super::{VmError, scaled_ms};
+
+/// How long the VMM may take to answer: it waits for its host's kernel only.
+const ANSWER_MS: u64 = 10_000;
+/// How long the guest may take to use memory that it is given.
+const PLUG_MS: u64 = 10_000;
+
+/// The way to the VMM of one machine.
+#[derive(Debug)]
+pub(crate) struct Levers {
+    control: Weak<Control>,
+    /// Serial of the latest request for memory.
+    memory_requests: AtomicU64,
+}
+
+impl Levers {
+    pub(super) fn new(control: &Arc<Control>) -> Self {
+        Self { control: Arc::downgrade(control), memory_requests: AtomicU64::new(0) }
+    }
+
+    fn control(&self) -> Result<Arc<Control>, VmError> {
+        self.control.upgrade().ok_or_else(|| VmError::Ended("the virtual machine has ended".into()))
+    }
+
+    /// Makes vCPUs until there are `count`; the agent brings them online.
+    pub(crate) async fn add_vcpus(&self, count: u8) -> Result<(), VmError> {
+        self.control()?.request(&Request::Vcpus { count }, &[], scaled_ms(ANSWER_MS)).await.map(drop)
+    }
+
+    /// Sets how much memory the guest is to have beside that of boot, MiB. Returns when it has or, with `wait` false, at once: a guest
+    /// gives memory back when it can.
+    pub(crate) async fn set_hot_memory(&self, mib: u32, wait: bool) -> Result<(), VmError> {
+        let serial = self.memory_requests.fetch_add(1, Ordering::SeqCst) + 1;
+        let mut memory = {
+            let control = self.control()?;
+            control.request(&Request::HotMemory { mib, serial }, &[], scaled_ms(ANSWER_MS)).await?;
+            control.memory()
+        };
+        if !wait {
+            return Ok(());
+        }
+        let reached = memory.wait_for(|reached| *reached >= serial);
+        match timeout(scaled_ms(PLUG_MS), reached).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(_)) => Err(VmError::Control("closed".into())),
+            Err(_) => Err(VmError::Refused(format!("the guest does not take {mib} MiB of memory"))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::launch::control::{self, testing};
+
+    #[tokio::test]
+    async fn memory_is_waited_for_until_the_machine_ends() {
+        let (control, far) = control::pair().unwrap();
+        let control = Arc::new(control);
+        let levers = Levers::new(&control);
+        let vmm = std::thread::spawn(move || {
+            for wanted in [1, 2] {
+                let Request::HotMemory { serial, .. } = testing::hear(&far) else {
+                    panic!("a request for memory")
+                };
+                assert_eq!(serial, wanted);
+                testing::done(&far);
+                testing::memory_reached(&far, serial);
+            }
+            assert!(matches!(testing::hear(&far), Request::HotMemory { mib: 7, .. }));
+            testing::done(&far);
+        });
+        levers.set_hot_memory(128, true).await.unwrap();
+        levers.set_hot_memory(256, true).await.unwrap();
+        assert!(matches!(levers.set_hot_memory(7, true).await, Err(VmError::Control(_))));
+        vmm.join().unwrap();
+        drop(control);
+        assert!(matches!(levers.add_vcpus(1).await, Err(VmError::Ended(_))));
+    }
+}

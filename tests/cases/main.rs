@@ -3,6 +3,7 @@
 mod containerd;
 mod containers;
 mod faults;
+mod growth;
 mod images;
 mod limits;
 mod many;

@@ -9,6 +9,7 @@ mod containerd;
 mod program;
 mod registry;
 mod scratch;
+mod shim;
 mod terminal;
 
 use std::path::PathBuf;
@@ -19,6 +20,7 @@ pub use containerd::{Containerd, Events, RUNTIME};
 pub use program::{Done, Run, Running, host, hyper};
 pub use registry::{AUTH_REGISTRY, REGISTRY, SECRET, USER, image, registry, registry_with_password};
 pub use scratch::Scratch;
+pub use shim::field;
 pub use terminal::Terminal;
 
 /// Ten times what a start needs on hardware, because the processor here is emulated.

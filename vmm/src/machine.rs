@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, TryLockError};
 
 use hyper_vmm_devices::balloon::{Balloon, BalloonTarget, MemfdPages};
-use hyper_vmm_devices::blk::{Blk, BlkError};
+use hyper_vmm_devices::blk::{Bay, BayError, BayHandle, Blk, BlkError};
 use hyper_vmm_devices::console::Console;
 use hyper_vmm_devices::device::{EventLoop, GuestMem, VirtioDevice};
 use hyper_vmm_devices::fs::{FsError, VhostUserFs};
@@ -19,7 +19,7 @@ use hyper_vmm_devices::vsock::Vsock;
 use hyper_vmm_hv::{Entry, HvError, Hypervisor, Machine as KvmMachine};
 use hyper_vmm_spec::control::{LIFECYCLE_PORT, Metrics};
 use hyper_vmm_spec::{
-    BalloonSpec, DeviceSpec, DiskSpec, HotMemorySpec, NetSpec, ShareSpec, VmSpec, VsockSpec,
+    BalloonSpec, DeviceSpec, DiskId, DiskSpec, FdSlot, HotMemorySpec, NetSpec, ShareSpec, VmSpec, VsockSpec,
 };
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -51,6 +51,14 @@ pub(crate) enum BuildError {
     Start(#[from] StartError),
     #[error("the thread that builds the machine has died")]
     Builder,
+    #[error("this machine has {0} bays")]
+    NoBay(usize),
+    #[error("bay {bay}")]
+    Bay {
+        bay: u8,
+        #[source]
+        source: BayError,
+    },
     #[error("{asked} vCPUs asked for, this machine has at most {most}")]
     Vcpus { asked: u8, most: u8 },
     #[error("cannot make an event descriptor")]
@@ -87,6 +95,7 @@ pub(crate) struct Machine {
     pub(crate) windows: Vec<Window>,
     pub(crate) balloon: Option<BalloonTarget>,
     pub(crate) memory: Option<MemoryGoal>,
+    bays: Vec<BayHandle>,
     pub(crate) serial: Arc<Mutex<LineLog>>,
 }
 
@@ -115,6 +124,29 @@ impl Machine {
         while let Some(index) = u8::try_from(self.vcpus.count()).ok().filter(|index| *index < count) {
             self.vcpus.add(self.kvm.create_vcpu(index)?)?;
         }
+        Ok(())
+    }
+
+    fn bay(&self, bay: u8) -> Result<&BayHandle, BuildError> {
+        self.bays.get(usize::from(bay)).ok_or(BuildError::NoBay(self.bays.len()))
+    }
+
+    /// Puts a disk into a bay.
+    pub(crate) fn attach(
+        &self,
+        bay: u8,
+        id: &DiskId,
+        fd: FdSlot,
+        mut fds: Descriptors,
+    ) -> Result<(), BuildError> {
+        let handle = self.bay(bay)?;
+        let file = File::from(fds.take(fd, "a disk")?);
+        handle.insert(id, file).map_err(|source| BuildError::Bay { bay, source })
+    }
+
+    /// Empties a bay.
+    pub(crate) fn detach(&self, bay: u8) -> Result<(), BuildError> {
+        self.bay(bay)?.take();
         Ok(())
     }
 }
@@ -162,6 +194,7 @@ pub(crate) fn start(
         hot,
         balloon: None,
         memory: None,
+        bays: Vec::new(),
     };
     let mut windows = Vec::new();
     for (device, (address, irq)) in spec.devices().iter().zip(slots()) {
@@ -177,8 +210,8 @@ pub(crate) fn start(
     }
     life.mark(Mark::Built);
     let vcpus = Vcpus::start(vcpus, &Arc::new(bus), life)?;
-    let (balloon, memory) = (builder.balloon, builder.memory);
-    Ok(Machine { vcpus, kvm, max_vcpus: spec.max_vcpus(), windows, balloon, memory, serial })
+    let DeviceBuilder { balloon, memory, bays, .. } = builder;
+    Ok(Machine { vcpus, kvm, max_vcpus: spec.max_vcpus(), windows, balloon, memory, bays, serial })
 }
 
 /// Address and interrupt of each device slot.
@@ -253,6 +286,7 @@ struct DeviceBuilder {
     hot: Option<(u64, u64)>,
     balloon: Option<BalloonTarget>,
     memory: Option<MemoryGoal>,
+    bays: Vec<BayHandle>,
 }
 
 impl DeviceBuilder {
@@ -263,6 +297,11 @@ impl DeviceBuilder {
             DeviceSpec::Vsock(vsock) => Self::vsock(vsock),
             DeviceSpec::Share(share) => self.share(share),
             DeviceSpec::Balloon(balloon) => Ok(self.balloon(*balloon)),
+            DeviceSpec::Bay => {
+                let bay = Bay::default();
+                self.bays.push(bay.handle());
+                Ok(Box::new(bay))
+            }
             DeviceSpec::HotMemory(hot) => Ok(self.hot_memory(*hot)),
             DeviceSpec::Rng => Ok(Box::new(Rng::new(HostEntropy))),
             DeviceSpec::Console { fd } => {

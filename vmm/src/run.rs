@@ -15,7 +15,7 @@ use crate::event_loop::EventThread;
 use crate::life::{Ending, Life, Mark, Notice, Notices};
 use crate::log;
 use crate::machine::{self, BuildError, Machine};
-use crate::socket::{ControlSocket, Packet, SocketError};
+use crate::socket::{ControlSocket, Descriptors, Packet, SocketError};
 
 /// Why the process ends without a machine having run to its end.
 #[derive(Debug, thiserror::Error)]
@@ -134,7 +134,7 @@ impl Controller {
 
     fn serve_request(&mut self, ops: &mut EventOps<'_>) {
         match self.socket.receive() {
-            Ok(Packet::Request(request, _unused_fds)) => self.serve(*request, ops),
+            Ok(Packet::Request(request, fds)) => self.serve(*request, fds, ops),
             Ok(Packet::Bad(why)) => self.reply(Err(why), ops),
             Ok(Packet::Closed) => self.end(ExitCause::Shutdown, exit_code::ENDED),
             Err(e) => {
@@ -144,7 +144,7 @@ impl Controller {
         }
     }
 
-    fn serve(&mut self, request: Request, ops: &mut EventOps<'_>) {
+    fn serve(&mut self, request: Request, fds: Descriptors, ops: &mut EventOps<'_>) {
         let done = Ok(Reply::Done);
         match request {
             Request::Boot { .. } => self.reply(Err("this machine has been booted already".to_owned()), ops),
@@ -186,6 +186,14 @@ impl Controller {
                 if let Some(goal) = goal {
                     goal.set(u64::from(mib) << 20, serial);
                 }
+            }
+            Request::Attach { bay, id, fd } => {
+                let attached = self.machine.attach(bay, &id, fd, fds);
+                self.reply(attached.map(|()| Reply::Done).map_err(|e| log::chain(&e)), ops);
+            }
+            Request::Detach { bay } => {
+                let detached = self.machine.detach(bay);
+                self.reply(detached.map(|()| Reply::Done).map_err(|e| log::chain(&e)), ops);
             }
             Request::Shutdown => {
                 self.reply(done, ops);

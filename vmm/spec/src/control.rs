@@ -12,7 +12,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::VmSpec;
+use crate::{DiskId, FdSlot, VmSpec};
 
 /// Largest packet, bytes.
 pub const MAX_PACKET_BYTES: usize = 64 * 1024;
@@ -66,6 +66,21 @@ pub enum Request {
         mib: u32,
         /// Comes back with the event.
         serial: u64,
+    },
+    /// Put a disk into an empty bay. The guest sees it when it binds its driver to the bay's window. The disk is read-only when the
+    /// descriptor that comes with the request is.
+    Attach {
+        /// Which bay, counted from 0 among the spec's bays.
+        bay: u8,
+        /// Serial of the disk.
+        id: DiskId,
+        /// The backing file or block device.
+        fd: FdSlot,
+    },
+    /// Take the disk out of a bay, after the request that it is at, whatever the guest does. The guest should have unbound its driver.
+    Detach {
+        /// Which bay.
+        bay: u8,
     },
     /// End the machine now, without asking the guest.
     Shutdown,

@@ -134,6 +134,8 @@ pub enum DeviceSpec {
     Share(ShareSpec),
     /// virtio-balloon.
     Balloon(BalloonSpec),
+    /// An empty place for a disk that is attached while the machine runs.
+    Bay,
     /// virtio-mem.
     HotMemory(HotMemorySpec),
     /// virtio-rng, fed from the host's `getrandom`.
@@ -313,7 +315,10 @@ fn check_devices(devices: &[DeviceSpec], mem_mib: u32) -> Result<(), SpecError> 
             _ => {}
         }
         let kind = std::mem::discriminant(device);
-        let many = matches!(device, DeviceSpec::Disk(_) | DeviceSpec::Share(_) | DeviceSpec::Net(_));
+        let many = matches!(
+            device,
+            DeviceSpec::Disk(_) | DeviceSpec::Share(_) | DeviceSpec::Net(_) | DeviceSpec::Bay
+        );
         if !many && !single.insert(kind) {
             return Err(SpecError::SecondOfItsKind);
         }

@@ -15,6 +15,7 @@ use hyper_protocol::rpc::agent::{
 use hyper_protocol::rpc::agent_ttrpc::Agent;
 use ttrpc::r#async::TtrpcContext;
 
+use crate::bays::{self, Disks};
 use crate::cgroup::{self, Cgroup};
 use crate::container::Container;
 use crate::error::{AgentError, Tried};
@@ -107,11 +108,15 @@ impl AgentService {
         })
     }
 
-    async fn make_container(&self, request: CreateContainerRequest) -> Result<u32, AgentError> {
-        let spec = Spec::parse(&request.oci_spec)?;
+    async fn make_container(&self, mut request: CreateContainerRequest) -> Result<u32, AgentError> {
+        let mut spec = Spec::parse(&request.oci_spec)?;
         let id = request.container_id.clone();
         let reservation = self.sandbox.reserve(&id)?;
         self.sandbox.prepare()?;
+        let wishes = std::mem::take(&mut request.disks);
+        let bound = tokio::task::spawn_blocking(move || Disks::bind(&wishes)).await;
+        let disks = bound.map_err(|_| AgentError::state("the thread that binds disks has ended"))??;
+        bays::add_devices(&mut spec, &request.block_devices)?;
         let cgroup = Cgroup::create(&id, &spec.linux.resources)?;
         let mut guard = CgroupGuard(Some(cgroup.clone()));
         let devices = request::device_rules(&spec);
@@ -130,6 +135,7 @@ impl AgentService {
         container.watch_memory(&self.sandbox.events);
         let pid = pid_of(&container)?;
         guard.0 = None;
+        self.sandbox.disks.keep(&id, disks);
         reservation.fill(container);
         Ok(pid)
     }

@@ -10,11 +10,12 @@
 //! the network namespace belong to it.
 //!
 //! Files: `start` and `delete` (the two short-lived actions), `serve` (the long one), `service` (what the services share), `task`,
-//! `sandbox`, `publish` (events), `bundle` (config.json), `encode` (messages), `status` (gRPC codes), `log`.
+//! `sandbox`, `publish` (events), `bundle` (config.json), `encode` (messages), `status` (gRPC codes), `info`, `log`.
 
 mod bundle;
 mod delete;
 mod encode;
+mod info;
 mod log;
 mod publish;
 mod sandbox;
@@ -62,6 +63,11 @@ fn run() -> Result<(), ShimError> {
     let flags = containerd_shim::parse(&args).map_err(ShimError::Arguments)?;
     if flags.version {
         return say(&format!("containerd-shim-hyper-v2 {}\n", env!("CARGO_PKG_VERSION")));
+    }
+    if flags.info {
+        return std::io::stdout()
+            .write_all(&info::run()?)
+            .map_err(ShimError::io("answer on", "standard output"));
     }
     match flags.action.as_str() {
         "start" => say(&start::run(&flags)?),

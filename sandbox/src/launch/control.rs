@@ -230,9 +230,13 @@ pub(super) mod testing {
     }
 
     pub(in crate::launch) fn hear(far: &OwnedFd) -> Request {
+        hear_until_closed(far).unwrap()
+    }
+
+    pub(in crate::launch) fn hear_until_closed(far: &OwnedFd) -> Option<Request> {
         let mut buffer = vec![0; MAX_PACKET_BYTES];
         let (_, len) = recv(far, buffer.as_mut_slice(), RecvFlags::empty()).unwrap();
-        serde_json::from_slice(&buffer[..len]).unwrap()
+        (len > 0).then(|| serde_json::from_slice(&buffer[..len]).unwrap())
     }
 }
 

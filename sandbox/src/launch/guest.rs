@@ -77,6 +77,8 @@ pub(crate) struct Guest {
     vmm: Child,
     file_server: Option<FileServer>,
     logs: Vec<JoinHandle<()>>,
+    /// Slots of the bays.
+    bays: Vec<u32>,
 }
 
 impl Guest {
@@ -112,13 +114,14 @@ impl Guest {
         if let Err(error) = built {
             return Err(explain(error, &control, &log_dir).await);
         }
+        let bays = assembled.bays.clone();
         drop(assembled);
         steps.done("vmm-built");
         wait_for_doorbell(&bell, ended(&control, file_server.as_ref()), &console_log).await?;
         steps.done("doorbell");
         let agent = Agent::connect(&vsock_path(&run_dir)).await?;
         steps.done("rpc");
-        Ok(Self { agent: Arc::new(agent), control: Arc::new(control), vmm, file_server, logs })
+        Ok(Self { agent: Arc::new(agent), control: Arc::new(control), vmm, file_server, logs, bays })
     }
 
     /// Gives the guest its clock, entropy and network.
@@ -155,6 +158,11 @@ impl Guest {
     /// What changes the machine while it runs.
     pub(crate) fn levers(&self) -> Levers {
         Levers::new(&self.control)
+    }
+
+    /// Slots of the bays, by which the guest knows them; bay n is the nth.
+    pub(crate) fn bays(&self) -> &[u32] {
+        &self.bays
     }
 
     /// When the VMM reached each step of the boot.

@@ -1,9 +1,11 @@
 //! What changes a machine while it runs. Whoever holds these does not keep the machine alive.
 
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use hyper_vmm_spec::control::Request;
+use hyper_vmm_spec::{DiskId, FdSlot};
 use tokio::time::timeout;
 
 use super::control::Control;
@@ -36,6 +38,17 @@ impl Levers {
         self.control()?.request(&Request::Vcpus { count }, &[], scaled_ms(ANSWER_MS)).await.map(drop)
     }
 
+    /// Puts a disk into a bay; it is read-only when the descriptor is.
+    pub(crate) async fn attach(&self, bay: u8, id: &DiskId, disk: BorrowedFd<'_>) -> Result<(), VmError> {
+        let request = Request::Attach { bay, id: id.clone(), fd: FdSlot(0) };
+        self.control()?.request(&request, &[disk], scaled_ms(ANSWER_MS)).await.map(drop)
+    }
+
+    /// Takes the disk out of a bay.
+    pub(crate) async fn detach(&self, bay: u8) -> Result<(), VmError> {
+        self.control()?.request(&Request::Detach { bay }, &[], scaled_ms(ANSWER_MS)).await.map(drop)
+    }
+
     /// Sets how much memory the guest is to have beside that of boot, MiB. Returns when it has or, with `wait` false, at once: a guest
     /// gives memory back when it can.
     pub(crate) async fn set_hot_memory(&self, mib: u32, wait: bool) -> Result<(), VmError> {
@@ -54,6 +67,40 @@ impl Levers {
             Ok(Err(_)) => Err(VmError::Control("closed".into())),
             Err(_) => Err(VmError::Refused(format!("the guest does not take {mib} MiB of memory"))),
         }
+    }
+}
+
+/// A VMM that does whatever it is asked, and keeps what that was.
+#[cfg(test)]
+pub(crate) mod testing {
+    use std::sync::mpsc::{Receiver, channel};
+
+    use super::*;
+    use crate::launch::control::{self, testing};
+
+    pub(crate) struct PlayedVmm {
+        heard: Receiver<Request>,
+        _control: Arc<Control>,
+    }
+
+    impl PlayedVmm {
+        /// The next request.
+        pub(crate) fn heard(&self) -> Request {
+            self.heard.recv().unwrap()
+        }
+    }
+
+    pub(crate) fn levers() -> (Levers, PlayedVmm) {
+        let (control, far) = control::pair().unwrap();
+        let control = Arc::new(control);
+        let (tell, heard) = channel();
+        std::thread::spawn(move || {
+            while let Some(request) = testing::hear_until_closed(&far) {
+                tell.send(request).unwrap();
+                testing::done(&far);
+            }
+        });
+        (Levers::new(&control), PlayedVmm { heard, _control: control })
     }
 }
 

@@ -32,6 +32,10 @@ pub(crate) use memory::MemorySizing;
 pub(crate) use plan::{DiskPlan, GrowthPlan, GuestPlan, NetPlan, SharePlan};
 pub(crate) use unpack::unpack;
 
+/// A VMM that is played, for tests of what uses it.
+#[cfg(test)]
+pub(crate) use levers::testing;
+
 /// Compression of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Compression {

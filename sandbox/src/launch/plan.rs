@@ -5,8 +5,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use hyper_vmm_spec::{
-    BalloonSpec, DeviceSpec, DiskId, DiskSpec, FdSlot, HotMemorySpec, NetSpec, ShareSpec, SpecError, VmSpec,
-    VsockSpec,
+    BalloonSpec, DeviceSpec, DiskId, DiskSpec, FdSlot, HotMemorySpec, MAX_DEVICES, NetSpec, ShareSpec,
+    SpecError, VmSpec, VsockSpec,
 };
 use serde::Serialize;
 
@@ -34,6 +34,8 @@ pub(crate) struct GuestPlan {
     pub(crate) mem_mib: u32,
     /// How it may grow while it runs.
     pub(crate) growth: Option<GrowthPlan>,
+    /// Most places for disks that come while it runs; as many as there are slots left.
+    pub(crate) bays: u8,
     pub(crate) disks: Vec<DiskPlan>,
     pub(crate) nets: Vec<NetPlan>,
     /// What is shared; nothing: no file server.
@@ -83,6 +85,8 @@ pub(crate) struct SharePlan {
 #[derive(Debug)]
 pub(crate) struct Assembled {
     pub(crate) spec: VmSpec,
+    /// Slots of the bays, by which the guest knows them.
+    pub(crate) bays: Vec<u32>,
     fds: Vec<OwnedFd>,
 }
 
@@ -158,12 +162,21 @@ pub(super) fn assemble(
     if let Some(growth) = plan.growth {
         spec = with_growth(spec, growth)?;
     }
-    Ok(Assembled { spec, fds: slots.fds })
+    let first_bay_slot = spec.devices().len();
+    let bays = usize::from(plan.bays).min(MAX_DEVICES.saturating_sub(first_bay_slot));
+    for _ in 0..bays {
+        spec = spec.with_device(DeviceSpec::Bay)?;
+    }
+    Ok(Assembled { bays: bay_slots(first_bay_slot, bays), spec, fds: slots.fds })
 }
 
 fn with_small_devices(spec: VmSpec) -> Result<VmSpec, SpecError> {
     spec.with_device(DeviceSpec::Balloon(BalloonSpec { free_page_reporting: true }))?
         .with_device(DeviceSpec::Rng)
+}
+
+fn bay_slots(first: usize, count: usize) -> Vec<u32> {
+    (first..first + count).filter_map(|slot| u32::try_from(slot).ok()).collect()
 }
 
 fn with_growth(spec: VmSpec, growth: GrowthPlan) -> Result<VmSpec, SpecError> {
@@ -189,6 +202,7 @@ mod tests {
             vcpus: 2,
             mem_mib: 128,
             growth: None,
+            bays: 0,
             disks: vec![DiskPlan { id: "image", file: null().into(), read_only: true }],
             nets: vec![NetPlan { tap: null(), mac: [2, 0, 0, 0, 0, 1], mtu: 1500 }],
             shares: Vec::new(),
@@ -222,7 +236,10 @@ mod tests {
         std::fs::write(&parts.initramfs, "").unwrap();
         let mut grows = plan(dir.path());
         grows.growth = Some(GrowthPlan { max_vcpus: 8, hot_mem_mib: 1024 });
-        let spec = assemble(grows, &parts, null(), None).unwrap().spec;
+        grows.bays = 8;
+        let assembled = assemble(grows, &parts, null(), None).unwrap();
+        assert_eq!(assembled.bays, (6..14).collect::<Vec<_>>());
+        let spec = assembled.spec;
         assert_eq!((spec.vcpus(), spec.max_vcpus(), spec.hot_mem_mib()), (2, 8, 1024));
         assert!(spec.cmdline().contains(GROWTH_CMDLINE));
         assert!(
@@ -232,6 +249,20 @@ mod tests {
                 .cmdline()
                 .contains(GROWTH_CMDLINE)
         );
+    }
+
+    #[test]
+    fn bays_take_what_slots_are_left() {
+        let dir = tempfile::tempdir().unwrap();
+        let parts = Parts::in_dir(dir.path(), dir.path());
+        std::fs::write(&parts.kernel, "").unwrap();
+        std::fs::write(&parts.initramfs, "").unwrap();
+        let mut many = plan(dir.path());
+        many.nets = (0..10).map(|n| NetPlan { tap: null(), mac: [2, 0, 0, 0, 0, n], mtu: 1500 }).collect();
+        many.bays = 8;
+        let assembled = assemble(many, &parts, null(), None).unwrap();
+        assert_eq!(assembled.spec.devices().len(), MAX_DEVICES);
+        assert_eq!(assembled.bays, (14..19).collect::<Vec<_>>());
     }
 
     #[test]

@@ -79,6 +79,7 @@ pub(crate) async fn unpack(
         vcpus: vcpus(),
         mem_mib: MEM_MIB,
         growth: None,
+        bays: 0,
         disks: vec![DiskPlan { id: DISK, file: guest_disk, read_only: false }],
         nets: Vec::new(),
         shares: Vec::new(),

@@ -7,12 +7,13 @@ use std::sync::{Arc, Mutex};
 
 use hyper_protocol::rpc::agent::{
     ContainerRef, CreateContainerRequest, CreateProcessRequest, Mount, ProcessRef, ResizeTerminalRequest,
-    Rootfs, SignalProcessRequest, Stdio, UpdateContainerRequest, mount,
+    SignalProcessRequest, Stdio, UpdateContainerRequest, mount,
 };
 use protobuf::MessageField;
 use serde_json::Value;
 use tokio::time::timeout;
 
+use super::bays::BayDisk;
 use super::growth::{Claim, Claimed};
 use super::hooks::{Hooks, Moment};
 use super::io::{Ends, Input, StdioPaths};
@@ -72,6 +73,8 @@ pub(super) struct PodContainer {
     hooks: Hooks,
     /// Its root and volumes; undone with it.
     _mounts: Vec<Arc<LiveMount>>,
+    /// Its disks, let go of with it.
+    _disks: Vec<BayDisk>,
 }
 
 impl PodContainer {
@@ -143,20 +146,15 @@ impl Sandbox {
         let ends = Ends::open(&wish.stdio)?;
         let claimed = Claimed::new(&self.growth, &wish.id, translated.claim);
         self.fit_or_warn().await;
-        let root = if wish.rootfs.is_empty() {
-            self.live.bind(&translated.root, false)?
-        } else {
-            self.live.root(&wish.rootfs)?
-        };
-        let mut request = CreateContainerRequest {
-            container_id: wish.id.clone(),
-            rootfs: MessageField::some(Rootfs {
-                share: MessageField::some(root.source()),
-                ..Default::default()
-            }),
-            ..Default::default()
-        };
-        let mut mounts = vec![root];
+        let mut request = CreateContainerRequest { container_id: wish.id.clone(), ..Default::default() };
+        let mut mounts = Vec::new();
+        let mut disks = self.add_root(&wish, &translated, &mut request, &mut mounts).await?;
+        for device in &translated.devices {
+            let disk = self.attach_device(device).await?;
+            request.block_devices.push(device.in_guest(&disk));
+            disks.push(disk);
+        }
+        request.disks = disks.iter().map(BayDisk::attached).collect();
         self.add_volumes(&translated, &mut request, &mut mounts)?;
         if let Some(other) = translated.pid_namespace_of.filter(|other| *other != wish.id)
             && held(&self.containers).contains_key(&other)
@@ -194,6 +192,7 @@ impl Sandbox {
             memory_told: AtomicBool::new(false),
             hooks: translated.hooks,
             _mounts: mounts,
+            _disks: disks,
         });
         // The first one is the pod's sandbox, whose host name its containers have.
         if pod_hostname.is_empty() {

@@ -115,14 +115,14 @@ fn hot_mib(more_mib: u32, most_mib: u32) -> u32 {
 pub(super) struct Growth {
     base: Room,
     plan: GrowthPlan,
-    levers: Levers,
+    levers: Arc<Levers>,
     claims: Mutex<BTreeMap<String, Claim>>,
     /// What the machine has; also the order of changes.
     now: tokio::sync::Mutex<Room>,
 }
 
 impl Growth {
-    pub(super) fn new(base: Room, plan: GrowthPlan, levers: Levers) -> Self {
+    pub(super) fn new(base: Room, plan: GrowthPlan, levers: Arc<Levers>) -> Self {
         Self { base, plan, levers, claims: Mutex::default(), now: tokio::sync::Mutex::new(base) }
     }
 

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use hyper_protocol::rpc::agent::ConfigureRequest;
 use tokio::sync::{Notify, watch};
 
+use super::bays::{Bays, MAX_BAYS};
 use super::growth::{self, Growth, Room};
 use super::live::LiveShare;
 use super::netns::PodNetwork;
@@ -39,6 +40,7 @@ pub(super) struct Started {
     pub(super) live: LiveShare,
     pub(super) network: PodNetwork,
     pub(super) growth: Growth,
+    pub(super) bays: Bays,
 }
 
 impl Machine {
@@ -59,6 +61,7 @@ impl Machine {
             vcpus: spec.vcpus,
             mem_mib: vm_mem_mib,
             growth: Some(growth),
+            bays: MAX_BAYS,
             disks: Vec::new(),
             nets,
             shares: vec![live.plan()],
@@ -71,12 +74,14 @@ impl Machine {
             tracing::debug!(%error, "nothing is learned");
         }
         let agent = Arc::clone(&guest.agent);
-        let growth = Growth::new(base, growth, guest.levers());
+        let levers = Arc::new(guest.levers());
+        let growth = Growth::new(base, growth, Arc::clone(&levers));
+        let bays = Bays::new(levers, guest.bays());
         let (tell, ended) = watch::channel(None);
         let stop = Arc::new(Stop::default());
         let machine = Self { pid: guest.pid(), stop: Arc::clone(&stop), ended };
         tokio::spawn(watch_over(guest, stop, tell));
-        Ok(Started { machine, agent, live, network, growth })
+        Ok(Started { machine, agent, live, network, growth, bays })
     }
 
     pub(super) fn pid(&self) -> u32 {

@@ -14,9 +14,13 @@
 //!
 //! Files: `live` (what the guest sees of the host's files), `mounts` (rootfs), `translate` (OCI specification of the host to that of
 //! the guest), `netns` (interfaces, TAPs, redirection), `rtnetlink`, `io` (FIFOs), `process`, `container`, `machine`, `growth`
-//! (how large it is while it runs), `hooks`, `error`.
+//! (how large it is while it runs), `bays` (disks that come and go), `disks` (a root of disks), `devices` (block devices of
+//! the host), `hooks`, `error`.
 
+mod bays;
 mod container;
+mod devices;
+mod disks;
 mod error;
 mod growth;
 mod hooks;
@@ -38,6 +42,7 @@ use hyper_protocol::rpc::agent::{NextEventsRequest, sandbox_event};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
+use self::bays::Bays;
 use self::container::PodContainer;
 use self::growth::Growth;
 use self::live::LiveShare;
@@ -142,6 +147,7 @@ pub struct Sandbox {
     machine: Machine,
     agent: Arc<Agent>,
     growth: Arc<Growth>,
+    bays: Arc<Bays>,
     live: LiveShare,
     host: Arc<HostNetwork>,
     network: tokio::sync::Mutex<PodNetwork>,
@@ -167,11 +173,12 @@ impl Sandbox {
     /// # Errors
     /// A part that is missing, a namespace that cannot be entered, or a machine that does not come up; nothing is left then.
     pub async fn start(spec: SandboxSpec, parts: &Parts, events: EventSink) -> Result<Arc<Self>, PodError> {
-        let Started { machine, agent, live, network, growth } = Machine::start(&spec, parts).await?;
+        let Started { machine, agent, live, network, growth, bays } = Machine::start(&spec, parts).await?;
         let sandbox = Arc::new(Self {
             machine,
             agent,
             growth: Arc::new(growth),
+            bays: Arc::new(bays),
             live,
             host: Arc::clone(&network.host),
             network: tokio::sync::Mutex::new(network),

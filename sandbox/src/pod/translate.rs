@@ -10,6 +10,7 @@ use hyper_protocol::rpc::agent::{TmpfsSource, mount};
 use serde_json::{Map, Value, json};
 
 use super::PodError;
+use super::devices::{self, HostDevice};
 use super::growth::Claim;
 use super::hooks::Hooks;
 use super::live::size_bytes;
@@ -59,6 +60,8 @@ pub(super) struct Translated {
     pub(super) hooks: Hooks,
     /// What it may use of the machine.
     pub(super) claim: Claim,
+    /// Block devices of the host that it is to have.
+    pub(super) devices: Vec<HostDevice>,
 }
 
 /// Something to mount after the kernel's file systems.
@@ -70,7 +73,7 @@ pub(super) enum Volume {
     Memory { source: mount::Source, destination: String, read_only: bool },
 }
 
-fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
+pub(super) fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
     value.pointer(pointer).and_then(Value::as_str).unwrap_or_default()
 }
 
@@ -112,9 +115,10 @@ pub(super) fn container(config: &[u8], bundle: &Path, pod_hostname: &str) -> Res
     for host_only in ["annotations", "hooks", "vm", "windows", "solaris"] {
         all.remove(host_only);
     }
-    if let Some(linux) = all.get_mut("linux").and_then(Value::as_object_mut) {
-        guest_linux(linux)?;
-    }
+    let devices = match all.get_mut("linux").and_then(Value::as_object_mut) {
+        Some(linux) => guest_linux(linux)?,
+        None => Vec::new(),
+    };
     let oci = spec.to_string().into_bytes();
     Ok(Translated {
         oci,
@@ -127,6 +131,7 @@ pub(super) fn container(config: &[u8], bundle: &Path, pod_hostname: &str) -> Res
         pid_namespace_of,
         hooks,
         claim,
+        devices,
     })
 }
 
@@ -187,7 +192,8 @@ fn joins_pids(spec: &Value) -> bool {
     namespaces(spec).any(|(kind, path)| kind == "pid" && !path.is_empty())
 }
 
-fn guest_linux(linux: &mut Map<String, Value>) -> Result<(), PodError> {
+/// Leaves what a guest has; returns the host's block devices that the container is to have.
+fn guest_linux(linux: &mut Map<String, Value>) -> Result<Vec<HostDevice>, PodError> {
     for host_only in
         ["cgroupsPath", "namespaces", "uidMappings", "gidMappings", "rootfsPropagation", "mountLabel"]
     {
@@ -199,18 +205,13 @@ fn guest_linux(linux: &mut Map<String, Value>) -> Result<(), PodError> {
         privileged =
             wish.get("devices").and_then(Value::as_array).is_some_and(|rules| rules.iter().any(allows_all));
     }
+    let is_guests = |device: &Value| GUEST_DEVICES.contains(&text(device, "/path"));
+    // Privileged containers are given every device of the host; what they get are the guest's.
+    let block = devices::take(linux, |device| !privileged && !is_guests(device))?;
     if let Some(devices) = linux.get_mut("devices").and_then(Value::as_array_mut) {
-        let is_guests = |device: &Value| GUEST_DEVICES.contains(&text(device, "/path"));
-        if let Some(foreign) = devices.iter().find(|device| !is_guests(device))
-            && !privileged
-        {
-            let path = text(foreign, "/path").to_owned();
-            return Err(PodError::Unsupported(format!("device {path} of the host")));
-        }
-        // Privileged containers are given every device of the host; what they get are the guest's.
         devices.retain(is_guests);
     }
-    Ok(())
+    Ok(block)
 }
 
 fn allows_all(rule: &Value) -> bool {

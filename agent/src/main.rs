@@ -9,11 +9,13 @@
 //!                                  └▶ net, unpack, events, reaper
 //! ```
 
+mod bays;
 mod boot;
 mod cgroup;
 mod child;
 mod container;
 mod disk;
+mod disk_root;
 mod error;
 mod events;
 mod listing;
@@ -21,6 +23,7 @@ mod log;
 mod net;
 mod plan;
 mod process;
+mod processors;
 mod reaper;
 mod request;
 mod sandbox;

@@ -52,6 +52,8 @@ pub(crate) struct CreatePlan {
     pub pid_namespace: i32,
     /// Tag and path of the share that is the root, instead of the disks.
     pub root_share: Option<(String, String)>,
+    /// The disks that the root is put together from, instead of those below.
+    pub root_disks: Option<DiskRoot>,
     /// Serial of the image disk.
     pub image_disk: String,
     /// Serial of the writable disk; empty: tmpfs.
@@ -69,6 +71,51 @@ pub(crate) struct CreatePlan {
     /// Put an init of ours as PID 1.
     pub init: bool,
     pub process: ProcessPlan,
+}
+
+/// A root that is put together from disks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct DiskRoot {
+    /// In order.
+    pub mounts: Vec<DiskMount>,
+    /// Made where they are missing.
+    pub folders: Vec<DiskFolder>,
+    pub root: RootOfDisks,
+}
+
+/// What of the disks is the root.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum RootOfDisks {
+    /// One folder.
+    Folder(DiskPath),
+    /// Layers, uppermost first, and the folders for what is written (upper, work); none: it cannot be written to.
+    Overlay { lower: Vec<DiskPath>, writable: Option<(DiskPath, DiskPath)> },
+}
+
+/// A disk, mounted at a place of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct DiskMount {
+    pub serial: String,
+    /// `erofs` or `ext4`.
+    pub kind: String,
+    pub read_only: bool,
+    /// Serials of further disks of the same file system.
+    pub devices: Vec<String>,
+}
+
+/// A folder of a mounted disk: number of the mount, and a plain relative path, or nothing for all of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct DiskPath {
+    pub mount: u32,
+    pub path: String,
+}
+
+/// A folder to make.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct DiskFolder {
+    pub at: DiskPath,
+    pub mode: u32,
 }
 
 /// A process to add.

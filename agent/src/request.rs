@@ -8,6 +8,7 @@ use hyper_protocol::rpc::agent::{
 use crate::cgroup::{Cgroup, device};
 use crate::container::Container;
 use crate::disk::check_serial;
+use crate::disk_root;
 use crate::error::AgentError;
 use crate::plan::{CreatePlan, File, ProcessPlan, Volume, VolumeSource, Window};
 use crate::seccomp;
@@ -85,7 +86,8 @@ pub(crate) fn create_plan(
 ) -> Result<CreatePlan, AgentError> {
     check_user(&request.user, &request.additional_groups)?;
     let root_share = request.rootfs.share.clone().into_option().map(share).transpose()?;
-    if root_share.is_none() {
+    let root_disks = request.rootfs.disks.clone().into_option().map(disk_root::check).transpose()?;
+    if root_share.is_none() && root_disks.is_none() {
         check_serial(&request.rootfs.image_disk)?;
     }
     if !request.rootfs.writable_disk.is_empty() {
@@ -104,6 +106,7 @@ pub(crate) fn create_plan(
         domainname: spec.domainname,
         pid_namespace: -1,
         root_share,
+        root_disks,
         image_disk: request.rootfs.image_disk.clone(),
         writable_disk: request.rootfs.writable_disk.clone(),
         root_read_only: spec.root.readonly,

@@ -19,7 +19,7 @@ use crate::reaper::Reaper;
 use crate::spawn::Spawned;
 use crate::stdio::ChildStdio;
 use crate::streams::Streams;
-use crate::{cgroup, log};
+use crate::{bays, cgroup, log};
 
 /// Most containers in one sandbox.
 const MAX_CONTAINERS: usize = 256;
@@ -38,6 +38,8 @@ pub(crate) struct Sandbox {
     prepared: AtomicBool,
     /// Tags of the shares that are mounted.
     shares: tokio::sync::Mutex<BTreeSet<String>>,
+    /// Disks that came while it ran.
+    pub disks: bays::Table,
     /// Rung when the machine is to end.
     pub end: Notify,
 }
@@ -189,6 +191,9 @@ impl Sandbox {
         reservation.then = Some(Arc::clone(&container));
         container.destroy().await?;
         reservation.then = None;
+        // Its mounts go with the last who knows it.
+        drop(container);
+        self.disks.let_go(id).await;
         if !self.shares.lock().await.is_empty() {
             // Shares stay mounted: what was written through a mapping is on its way yet, and the host may end the machine next.
             sync().await;

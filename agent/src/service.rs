@@ -8,13 +8,14 @@ use hyper_protocol::rpc::agent::{
     ArchiveRequest, ArchiveResponse, ConfigureNetworkRequest, ConfigureRequest, ConfigureResponse,
     ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateContainerResponse, CreateProcessRequest,
     CreateProcessResponse, Empty, ExitStatus, ListProcessesResponse, NextEventsRequest, NextEventsResponse,
-    PathStat, ProcessRef, ResizeTerminalRequest, SandboxEvent, SignalProcessRequest, StartProcessResponse,
-    StatPathRequest, StatsResponse, UnpackImageRequest, UnpackImageResponse, UpdateContainerRequest,
-    sandbox_event,
+    PathStat, ProcessRef, ResizeTerminalRequest, SandboxEvent, SetProcessorsRequest, SignalProcessRequest,
+    StartProcessResponse, StatPathRequest, StatsResponse, UnpackImageRequest, UnpackImageResponse,
+    UpdateContainerRequest, sandbox_event,
 };
 use hyper_protocol::rpc::agent_ttrpc::Agent;
 use ttrpc::r#async::TtrpcContext;
 
+use crate::bays::{self, Disks};
 use crate::cgroup::{self, Cgroup};
 use crate::container::Container;
 use crate::error::{AgentError, Tried};
@@ -26,7 +27,7 @@ use crate::request;
 use crate::sandbox::{self, Direction, Sandbox};
 use crate::spec::{ResourceSpec, Spec};
 use crate::stdio::Connections;
-use crate::{sysctl, unpack};
+use crate::{processors, sysctl, unpack};
 
 /// Highest signal number.
 const MAX_SIGNAL: u32 = 64;
@@ -107,11 +108,15 @@ impl AgentService {
         })
     }
 
-    async fn make_container(&self, request: CreateContainerRequest) -> Result<u32, AgentError> {
-        let spec = Spec::parse(&request.oci_spec)?;
+    async fn make_container(&self, mut request: CreateContainerRequest) -> Result<u32, AgentError> {
+        let mut spec = Spec::parse(&request.oci_spec)?;
         let id = request.container_id.clone();
         let reservation = self.sandbox.reserve(&id)?;
         self.sandbox.prepare()?;
+        let wishes = std::mem::take(&mut request.disks);
+        let bound = tokio::task::spawn_blocking(move || Disks::bind(&wishes)).await;
+        let disks = bound.map_err(|_| AgentError::state("the thread that binds disks has ended"))??;
+        bays::add_devices(&mut spec, &request.block_devices)?;
         let cgroup = Cgroup::create(&id, &spec.linux.resources)?;
         let mut guard = CgroupGuard(Some(cgroup.clone()));
         let devices = request::device_rules(&spec);
@@ -130,6 +135,7 @@ impl AgentService {
         container.watch_memory(&self.sandbox.events);
         let pid = pid_of(&container)?;
         guard.0 = None;
+        self.sandbox.disks.keep(&id, disks);
         reservation.fill(container);
         Ok(pid)
     }
@@ -313,6 +319,12 @@ impl Agent for AgentService {
         let container = self.sandbox.container(&r.container_id)?;
         let resources = ResourceSpec::parse(&r.oci_resources)?;
         done(container.cgroup().apply(&resources))
+    }
+
+    async fn set_processors(&self, _: &TtrpcContext, r: SetProcessorsRequest) -> ttrpc::Result<Empty> {
+        // The kernel waits for each of them.
+        let set = tokio::task::spawn_blocking(move || processors::set_online(r.online)).await;
+        done(set.unwrap_or_else(|_| Err(AgentError::state("the thread has ended"))))
     }
 
     async fn delete_container(&self, _: &TtrpcContext, r: ContainerRef) -> ttrpc::Result<Empty> {

@@ -14,8 +14,6 @@ const SANDBOX_IDS: [&str; 2] = ["io.kubernetes.cri.sandbox-id", "io.kubernetes.c
 const POD_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 const POD_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
 const POD_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
-/// Memory beside that of the containers, for what the guest itself needs, MiB.
-const GUEST_MIB: u64 = 64;
 /// Most vCPUs of a machine.
 const MAX_VCPUS: u64 = 32;
 /// Most memory of a machine, MiB (1 TiB less what the guest's kernel needs).
@@ -97,7 +95,7 @@ impl Bundle {
 pub(crate) fn size(memory: Option<i64>, quota: Option<(i64, i64)>) -> Size {
     let memory = memory.and_then(|bytes| u64::try_from(bytes).ok()).filter(|bytes| *bytes > 0);
     let mem_mib = memory.map_or(u64::from(hyper_sandbox::DEFAULT_MEM_MIB), |bytes| {
-        (bytes.div_ceil(1 << 20)).saturating_add(GUEST_MIB)
+        (bytes.div_ceil(1 << 20)).saturating_add(u64::from(hyper_sandbox::pod::GUEST_MIB))
     });
     let quota = quota.and_then(|(quota, period)| u64::try_from(quota).ok().zip(u64::try_from(period).ok()));
     let vcpus = quota.filter(|(_, period)| *period > 0).map_or(1, |(quota, period)| quota.div_ceil(period));

@@ -1,9 +1,11 @@
 //! The product from outside. Each module is one group and gets a lab machine of its own; a hang costs one group.
 
+mod bays;
 mod containerd;
 mod containers;
 mod docker;
 mod faults;
+mod growth;
 mod images;
 mod kubernetes;
 mod kubernetes_faults;

@@ -11,6 +11,7 @@ mod pods;
 mod program;
 mod registry;
 mod scratch;
+mod shim;
 mod terminal;
 
 use std::path::PathBuf;
@@ -23,6 +24,7 @@ pub use pods::{Pod, PodSpec};
 pub use program::{Done, Run, Running, host, hyper};
 pub use registry::{AUTH_REGISTRY, REGISTRY, SECRET, USER, image, registry, registry_with_password};
 pub use scratch::Scratch;
+pub use shim::field;
 pub use terminal::Terminal;
 
 /// Ten times what a start needs on hardware, because the processor here is emulated.

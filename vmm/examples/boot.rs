@@ -251,6 +251,7 @@ fn drive(owner: &Owner, options: &Options) -> Result<ExitCause, Failure> {
                 say(format_args!("boot: event AgentReady"))?;
                 ready(owner, options)?;
             }
+            Message::Event { event: Event::MemoryReached { .. } } => {}
             Message::Event { event: Event::Exited { cause, timeline } } => {
                 say(format_args!("boot: {timeline:?}"))?;
                 return Ok(cause);

@@ -16,6 +16,8 @@ pub(crate) enum Notice {
     AgentReady,
     /// Every vCPU is stopped.
     AllParked,
+    /// The guest has the memory that it was to have by the request of this serial.
+    MemoryReached(u64),
     /// Try again what could not be done a moment ago.
     Retry,
     /// The guest has ended.

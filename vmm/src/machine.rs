@@ -5,11 +5,12 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, TryLockError};
 
 use hyper_vmm_devices::balloon::{Balloon, BalloonTarget, MemfdPages};
-use hyper_vmm_devices::blk::{Blk, BlkError};
+use hyper_vmm_devices::blk::{Bay, BayError, BayHandle, Blk, BlkError};
 use hyper_vmm_devices::console::Console;
 use hyper_vmm_devices::device::{EventLoop, GuestMem, VirtioDevice};
 use hyper_vmm_devices::fs::{FsError, VhostUserFs};
 use hyper_vmm_devices::legacy::{I8042, LifecyclePort, LineLog, SerialPort};
+use hyper_vmm_devices::mem::{Mem, MemoryGoal, Reached};
 use hyper_vmm_devices::net::{Net, NetError};
 use hyper_vmm_devices::output::Output;
 use hyper_vmm_devices::rng::{HostEntropy, Rng};
@@ -17,12 +18,18 @@ use hyper_vmm_devices::transport::{MmioTransport, QUEUE_NOTIFY, WINDOW_BYTES};
 use hyper_vmm_devices::vsock::Vsock;
 use hyper_vmm_hv::{Entry, HvError, Hypervisor, Machine as KvmMachine};
 use hyper_vmm_spec::control::{LIFECYCLE_PORT, Metrics};
-use hyper_vmm_spec::{BalloonSpec, DeviceSpec, DiskSpec, NetSpec, ShareSpec, VmSpec, VsockSpec};
+use hyper_vmm_spec::{
+    BalloonSpec, DeviceSpec, DiskId, DiskSpec, FdSlot, HotMemorySpec, NetSpec, ShareSpec, VmSpec, VsockSpec,
+};
+use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::arch::{self, BootError, DEVICE_WINDOWS, FIRST_DEVICE_IRQ, KernelError, SERIAL_IRQ, SERIAL_PORT};
+use crate::arch::{
+    self, BootError, BootPlan, DEVICE_WINDOWS, FIRST_DEVICE_IRQ, KernelError, SERIAL_IRQ, SERIAL_PORT,
+};
 use crate::bus::{Bus, Window};
-use crate::life::{Ending, Life, Mark};
+use crate::hot_memory::HotMemory;
+use crate::life::{Ending, Life, Mark, Notice};
 use crate::memory::{self, MemoryError};
 use crate::socket::{Descriptors, MissingDescriptor};
 use crate::vcpus::{StartError, Vcpus};
@@ -44,6 +51,16 @@ pub(crate) enum BuildError {
     Start(#[from] StartError),
     #[error("the thread that builds the machine has died")]
     Builder,
+    #[error("this machine has {0} bays")]
+    NoBay(usize),
+    #[error("bay {bay}")]
+    Bay {
+        bay: u8,
+        #[source]
+        source: BayError,
+    },
+    #[error("{asked} vCPUs asked for, this machine has at most {most}")]
+    Vcpus { asked: u8, most: u8 },
     #[error("cannot make an event descriptor")]
     EventFd(#[source] std::io::Error),
     #[error("disk {id}")]
@@ -72,10 +89,13 @@ pub(crate) enum BuildError {
 #[derive(Debug)]
 pub(crate) struct Machine {
     pub(crate) vcpus: Vcpus,
-    /// Kept because KVM forgets all interrupt routes when this is closed, even while vCPUs run.
-    _kvm: KvmMachine,
+    /// Kept also because KVM forgets all interrupt routes when this is closed, even while vCPUs run.
+    kvm: Arc<KvmMachine>,
+    max_vcpus: u8,
     pub(crate) windows: Vec<Window>,
     pub(crate) balloon: Option<BalloonTarget>,
+    pub(crate) memory: Option<MemoryGoal>,
+    bays: Vec<BayHandle>,
     pub(crate) serial: Arc<Mutex<LineLog>>,
 }
 
@@ -95,6 +115,46 @@ impl Machine {
         }
         Some(metrics)
     }
+
+    /// Makes processors until there are `count`. Not while processors are paused.
+    pub(crate) fn add_vcpus(&mut self, count: u8) -> Result<(), BuildError> {
+        if count > self.max_vcpus {
+            return Err(BuildError::Vcpus { asked: count, most: self.max_vcpus });
+        }
+        while let Some(index) = u8::try_from(self.vcpus.count()).ok().filter(|index| *index < count) {
+            self.vcpus.add(self.kvm.create_vcpu(index)?)?;
+        }
+        Ok(())
+    }
+
+    fn bay(&self, bay: u8) -> Result<&BayHandle, BuildError> {
+        self.bays.get(usize::from(bay)).ok_or(BuildError::NoBay(self.bays.len()))
+    }
+
+    /// Puts a disk into a bay.
+    pub(crate) fn attach(
+        &self,
+        bay: u8,
+        id: &DiskId,
+        fd: FdSlot,
+        mut fds: Descriptors,
+    ) -> Result<(), BuildError> {
+        let handle = self.bay(bay)?;
+        let file = File::from(fds.take(fd, "a disk")?);
+        handle.insert(id, file).map_err(|source| BuildError::Bay { bay, source })
+    }
+
+    /// Empties a bay.
+    pub(crate) fn detach(&self, bay: u8) -> Result<(), BuildError> {
+        self.bay(bay)?.take();
+        Ok(())
+    }
+}
+
+/// Guest addresses (start, length) of memory that may be added.
+fn hot_range(spec: &VmSpec) -> Option<(u64, u64)> {
+    let start = arch::hot_memory_start(u64::from(spec.mem_mib()) << 20);
+    (spec.hot_mem_mib() > 0).then(|| (start, u64::from(spec.hot_mem_mib()) << 20))
 }
 
 /// Builds the machine that `spec` describes and starts it. When this fails, nothing is left.
@@ -104,24 +164,38 @@ pub(crate) fn start(
     event_loop: &Arc<dyn EventLoop>,
     life: &Arc<Life>,
 ) -> Result<Machine, BuildError> {
-    let ranges = arch::memory_ranges(u64::from(spec.mem_mib()) << 20);
-    let mem = memory::create(spec.mem_mib(), &ranges)?;
+    let hot = hot_range(spec);
+    let mut ranges = arch::memory_ranges(u64::from(spec.mem_mib()) << 20);
+    ranges.extend(hot);
+    // What is added later begins above all that is there at boot.
+    let memory_end = hot.map_or(u64::MAX, |(start, _)| start);
+    let mem = memory::create(spec.mem_mib() + spec.hot_mem_mib(), &ranges)?;
     let (entry, kvm) = std::thread::scope(|scope| {
         // KVM_CREATE_VM waits for the host's kernel (grace periods: 10 ms and more); the kernel is loaded meanwhile.
-        let kvm = scope.spawn(|| Hypervisor::open()?.create_machine(Arc::clone(&mem), spec.vcpus()));
-        let entry = load(spec, &mut fds, &mem);
+        let kvm = scope
+            .spawn(|| Hypervisor::open()?.create_machine(Arc::clone(&mem), memory_end, spec.max_vcpus()));
+        let entry = load(spec, &mut fds, &mem, memory_end);
         (entry, kvm.join())
     });
     let entry = entry?;
     // A panic has ended the process before it could end the thread.
-    let kvm = kvm.map_err(|_| BuildError::Builder)??;
+    let kvm = Arc::new(kvm.map_err(|_| BuildError::Builder)??);
 
     let serial_output = spec.serial().map(|slot| fds.take(slot, "the serial port")).transpose()?;
     let serial = Arc::new(Mutex::new(LineLog::new(serial_output.map(Output::new))));
     let mut bus = Bus::default();
     add_legacy_devices(&mut bus, &kvm, &serial, life)?;
 
-    let mut builder = DeviceBuilder { fds, mem, balloon: None };
+    let mut builder = DeviceBuilder {
+        fds,
+        mem,
+        kvm: Arc::clone(&kvm),
+        life: Arc::clone(life),
+        hot,
+        balloon: None,
+        memory: None,
+        bays: Vec::new(),
+    };
     let mut windows = Vec::new();
     for (device, (address, irq)) in spec.devices().iter().zip(slots()) {
         let device = builder.build(device)?;
@@ -136,7 +210,8 @@ pub(crate) fn start(
     }
     life.mark(Mark::Built);
     let vcpus = Vcpus::start(vcpus, &Arc::new(bus), life)?;
-    Ok(Machine { vcpus, _kvm: kvm, windows, balloon: builder.balloon, serial })
+    let DeviceBuilder { balloon, memory, bays, .. } = builder;
+    Ok(Machine { vcpus, kvm, max_vcpus: spec.max_vcpus(), windows, balloon, memory, bays, serial })
 }
 
 /// Address and interrupt of each device slot.
@@ -145,7 +220,7 @@ fn slots() -> impl Iterator<Item = (u64, u32)> {
 }
 
 /// Kernel, initramfs and boot data into guest memory.
-fn load(spec: &VmSpec, fds: &mut Descriptors, mem: &GuestMem) -> Result<Entry, BuildError> {
+fn load(spec: &VmSpec, fds: &mut Descriptors, mem: &GuestMem, memory_end: u64) -> Result<Entry, BuildError> {
     let kernel_file = File::from(fds.take(spec.kernel(), "the kernel")?);
     let kernel = arch::load_kernel(mem, &kernel_file)?;
     let initramfs = match spec.initramfs() {
@@ -155,8 +230,11 @@ fn load(spec: &VmSpec, fds: &mut Descriptors, mem: &GuestMem) -> Result<Entry, B
         }
         None => None,
     };
-    let cmdline = arch::announce_devices(spec.cmdline(), spec.devices().len());
-    Ok(arch::write_boot_data(mem, spec.vcpus(), &cmdline, &kernel, initramfs)?)
+    let max_vcpus = spec.max_vcpus();
+    let cmdline = arch::announce_processors(spec.cmdline(), spec.vcpus(), max_vcpus);
+    let cmdline = arch::announce_devices(&cmdline, spec.devices().len());
+    let plan = BootPlan { max_vcpus, memory_end, cmdline: &cmdline, kernel: &kernel, initramfs };
+    Ok(arch::write_boot_data(mem, &plan)?)
 }
 
 fn add_legacy_devices(
@@ -202,7 +280,13 @@ fn place(
 struct DeviceBuilder {
     fds: Descriptors,
     mem: GuestMem,
+    kvm: Arc<KvmMachine>,
+    life: Arc<Life>,
+    /// Start and length of memory that may be added.
+    hot: Option<(u64, u64)>,
     balloon: Option<BalloonTarget>,
+    memory: Option<MemoryGoal>,
+    bays: Vec<BayHandle>,
 }
 
 impl DeviceBuilder {
@@ -213,6 +297,12 @@ impl DeviceBuilder {
             DeviceSpec::Vsock(vsock) => Self::vsock(vsock),
             DeviceSpec::Share(share) => self.share(share),
             DeviceSpec::Balloon(balloon) => Ok(self.balloon(*balloon)),
+            DeviceSpec::Bay => {
+                let bay = Bay::default();
+                self.bays.push(bay.handle());
+                Ok(Box::new(bay))
+            }
+            DeviceSpec::HotMemory(hot) => Ok(self.hot_memory(*hot)),
             DeviceSpec::Rng => Ok(Box::new(Rng::new(HostEntropy))),
             DeviceSpec::Console { fd } => {
                 let output = Output::new(self.fds.take(*fd, "the console")?);
@@ -241,6 +331,17 @@ impl DeviceBuilder {
         let socket = UnixStream::from(self.fds.take(share.fd, "a share")?);
         let failed = |source| BuildError::Share { tag: share.tag.clone(), source };
         Ok(Box::new(VhostUserFs::new(&share.tag, socket).map_err(failed)?))
+    }
+
+    fn hot_memory(&mut self, spec: HotMemorySpec) -> Box<dyn VirtioDevice> {
+        let (start, bytes) = self.hot.unwrap_or((0, u64::from(spec.max_mib) << 20));
+        let lender = Arc::clone(&self.kvm) as Arc<dyn crate::hot_memory::Lend>;
+        let memory = HotMemory::new(lender, MemfdPages(Arc::clone(&self.mem)), start, bytes);
+        let life = Arc::clone(&self.life);
+        let reached = Reached::new(move |serial| life.post(Notice::MemoryReached(serial)));
+        let device = Mem::new(memory, GuestAddress(start), bytes, reached);
+        self.memory = Some(device.goal());
+        Box::new(device)
     }
 
     fn balloon(&mut self, spec: BalloonSpec) -> Box<dyn VirtioDevice> {

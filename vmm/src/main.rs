@@ -10,6 +10,7 @@
 mod arch;
 mod bus;
 mod event_loop;
+mod hot_memory;
 mod life;
 mod log;
 mod machine;

@@ -15,7 +15,7 @@ use crate::event_loop::EventThread;
 use crate::life::{Ending, Life, Mark, Notice, Notices};
 use crate::log;
 use crate::machine::{self, BuildError, Machine};
-use crate::socket::{ControlSocket, Packet, SocketError};
+use crate::socket::{ControlSocket, Descriptors, Packet, SocketError};
 
 /// Why the process ends without a machine having run to its end.
 #[derive(Debug, thiserror::Error)]
@@ -134,7 +134,7 @@ impl Controller {
 
     fn serve_request(&mut self, ops: &mut EventOps<'_>) {
         match self.socket.receive() {
-            Ok(Packet::Request(request, _unused_fds)) => self.serve(*request, ops),
+            Ok(Packet::Request(request, fds)) => self.serve(*request, fds, ops),
             Ok(Packet::Bad(why)) => self.reply(Err(why), ops),
             Ok(Packet::Closed) => self.end(ExitCause::Shutdown, exit_code::ENDED),
             Err(e) => {
@@ -144,7 +144,7 @@ impl Controller {
         }
     }
 
-    fn serve(&mut self, request: Request, ops: &mut EventOps<'_>) {
+    fn serve(&mut self, request: Request, fds: Descriptors, ops: &mut EventOps<'_>) {
         let done = Ok(Reply::Done);
         match request {
             Request::Boot { .. } => self.reply(Err("this machine has been booted already".to_owned()), ops),
@@ -166,6 +166,34 @@ impl Controller {
             Request::Balloon { pages } => {
                 let set = self.machine.balloon.as_ref().map(|balloon| balloon.set_pages(pages));
                 self.reply(set.map(|()| Reply::Done).ok_or("this machine has no balloon".to_owned()), ops);
+            }
+            Request::Vcpus { .. } if self.state == RunState::Paused => {
+                self.reply(Err("this machine is paused: resume it first".to_owned()), ops);
+            }
+            Request::Vcpus { count } => {
+                let made = self.machine.add_vcpus(count);
+                self.reply(made.map(|()| Reply::Done).map_err(|e| log::chain(&e)), ops);
+            }
+            Request::HotMemory { mib, serial } => {
+                // Answered first: the event that follows may be there already.
+                let goal = self.machine.memory.clone();
+                self.reply(
+                    goal.as_ref()
+                        .map(|_| Reply::Done)
+                        .ok_or("no memory can be added to this machine".to_owned()),
+                    ops,
+                );
+                if let Some(goal) = goal {
+                    goal.set(u64::from(mib) << 20, serial);
+                }
+            }
+            Request::Attach { bay, id, fd } => {
+                let attached = self.machine.attach(bay, &id, fd, fds);
+                self.reply(attached.map(|()| Reply::Done).map_err(|e| log::chain(&e)), ops);
+            }
+            Request::Detach { bay } => {
+                let detached = self.machine.detach(bay);
+                self.reply(detached.map(|()| Reply::Done).map_err(|e| log::chain(&e)), ops);
             }
             Request::Shutdown => {
                 self.reply(done, ops);
@@ -198,6 +226,9 @@ impl Controller {
                     self.serve_metrics(ops);
                     // One try per turn of the loop, so that the vCPU thread gets what it waits for.
                     return;
+                }
+                Notice::MemoryReached(serial) => {
+                    self.socket.send(&Message::Event { event: Event::MemoryReached { serial } });
                 }
                 Notice::AllParked | Notice::Retry => {}
                 Notice::Ended(ending) => return self.guest_ended(ending),

@@ -19,6 +19,8 @@ use crate::life::{Ending, Life, Mark, Notice};
 struct Wish {
     pause: bool,
     parked: usize,
+    /// One for each processor.
+    kickers: Vec<Kicker>,
 }
 
 /// What the threads share with the main thread.
@@ -26,7 +28,6 @@ struct Wish {
 struct Gate {
     wish: Mutex<Wish>,
     resumed: Condvar,
-    kickers: Vec<Kicker>,
     exits: AtomicU64,
     life: Arc<Life>,
 }
@@ -35,14 +36,14 @@ impl Gate {
     /// Called by a vCPU thread that was kicked: stays as long as a pause is wished for. Returns whether it stayed.
     fn pass(&self, index: usize) -> bool {
         let mut wish = self.wish.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(kicker) = self.kickers.get(index) {
+        if let Some(kicker) = wish.kickers.get(index) {
             kicker.set(false);
         }
         if !wish.pause {
             return false;
         }
         wish.parked += 1;
-        if wish.parked == self.kickers.len() {
+        if wish.parked == wish.kickers.len() {
             self.life.post(Notice::AllParked);
         }
         while wish.pause {
@@ -57,6 +58,7 @@ impl Gate {
 #[derive(Debug)]
 pub(crate) struct Vcpus {
     gate: Arc<Gate>,
+    bus: Arc<Bus>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -66,27 +68,51 @@ impl Vcpus {
         hyper_vmm_hv::install_kick_signal()?;
         let kickers = vcpus.iter().map(Vcpu::kicker).collect::<Result<_, _>>()?;
         let gate = Arc::new(Gate {
-            wish: Mutex::default(),
+            wish: Mutex::new(Wish { kickers, ..Wish::default() }),
             resumed: Condvar::new(),
-            kickers,
             exits: AtomicU64::new(0),
             life: Arc::clone(life),
         });
-        let mut threads = Vec::new();
+        let mut started = Self { gate, bus: Arc::clone(bus), threads: Vec::new() };
         for vcpu in vcpus.into_iter().rev() {
-            let (gate, bus) = (Arc::clone(&gate), Arc::clone(bus));
-            let name = format!("vcpu{}", vcpu.index());
-            let thread = std::thread::Builder::new().name(name).spawn(move || run(vcpu, &gate, &bus));
-            threads.push(thread.map_err(StartError::Thread)?);
+            started.spawn(vcpu)?;
         }
-        Ok(Self { gate, threads })
+        Ok(started)
+    }
+
+    fn spawn(&mut self, vcpu: Vcpu) -> Result<(), StartError> {
+        let (gate, bus) = (Arc::clone(&self.gate), Arc::clone(&self.bus));
+        let name = format!("vcpu{}", vcpu.index());
+        let thread = std::thread::Builder::new().name(name).spawn(move || run(vcpu, &gate, &bus));
+        self.threads.push(thread.map_err(StartError::Thread)?);
+        Ok(())
+    }
+
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.threads.len()
+    }
+
+    /// Adds one to running processors, the next by number. It waits in the kernel until the guest starts it.
+    pub(crate) fn add(&mut self, vcpu: Vcpu) -> Result<(), StartError> {
+        let kicker = vcpu.kicker()?;
+        self.kickers(|kickers| kickers.push(kicker));
+        let spawned = self.spawn(vcpu);
+        if spawned.is_err() {
+            self.kickers(|kickers| drop(kickers.pop()));
+        }
+        spawned
+    }
+
+    fn kickers(&self, change: impl FnOnce(&mut Vec<Kicker>)) {
+        change(&mut self.gate.wish.lock().unwrap_or_else(PoisonError::into_inner).kickers);
     }
 
     /// Asks all processors to stop; [`Notice::AllParked`] comes when they have.
     pub(crate) fn pause(&self) {
         let mut wish = self.gate.wish.lock().unwrap_or_else(PoisonError::into_inner);
         wish.pause = true;
-        for kicker in &self.gate.kickers {
+        for kicker in &wish.kickers {
             kicker.set(true);
         }
         drop(wish);

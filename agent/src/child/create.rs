@@ -10,7 +10,7 @@ use rustix::thread::{ThreadNameSpaceType, UnshareFlags};
 
 use super::launch::Created;
 use super::path::{self, Missing};
-use super::{Outcome, await_start, confine, fs, init, mounts, rootfs, send, set_oom_score_adj};
+use super::{Outcome, await_start, confine, disk_root, fs, init, mounts, rootfs, send, set_oom_score_adj};
 use crate::error::{AgentError, Tried};
 use crate::plan::{CreatePlan, Report};
 use crate::sys::{self, Fork};
@@ -62,9 +62,10 @@ fn first_process(control: &UnixStream, plan: CreatePlan) -> Result<Outcome, Agen
     rustix::process::umask(Mode::empty());
     set_names(&plan)?;
     let mut volumes = mounts::Volumes::default();
-    let root = match &plan.root_share {
-        Some((tag, path)) => rootfs::bind(volumes.open_share(tag, path)?.as_fd())?,
-        None => rootfs::build(&plan.image_disk, &plan.writable_disk)?,
+    let root = match (&plan.root_share, &plan.root_disks) {
+        (Some((tag, path)), _) => rootfs::bind(volumes.open_share(tag, path)?.as_fd())?,
+        (None, Some(disks)) => disk_root::build(disks)?,
+        (None, None) => rootfs::build(&plan.image_disk, &plan.writable_disk)?,
     };
     for mount in &plan.mounts {
         mounts::kernel(root.as_fd(), mount)?;

@@ -4,6 +4,7 @@ mod archive;
 mod confine;
 mod copy;
 mod create;
+mod disk_root;
 mod exec;
 mod fs;
 pub(crate) mod init;

@@ -92,9 +92,13 @@ pub(crate) fn mount_shares(
     Ok(new)
 }
 
-fn open_root() -> Result<OwnedFd, AgentError> {
-    rustix::fs::open(ROOT_DIR, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        .tried(|| format!("open {ROOT_DIR}"))
+pub(super) fn open_root() -> Result<OwnedFd, AgentError> {
+    open_folder(ROOT_DIR)
+}
+
+pub(super) fn open_folder(path: &str) -> Result<OwnedFd, AgentError> {
+    rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .tried(|| format!("open {path}"))
 }
 
 fn overlay() -> Result<OwnedFd, AgentError> {
@@ -125,7 +129,7 @@ fn overlay() -> Result<OwnedFd, AgentError> {
     open_root()
 }
 
-fn make_dir(path: &str) -> Result<bool, AgentError> {
+pub(super) fn make_dir(path: &str) -> Result<bool, AgentError> {
     match rustix::fs::mkdir(path, Mode::from_raw_mode(0o755)) {
         Ok(()) => Ok(true),
         Err(rustix::io::Errno::EXIST) => Ok(false),

@@ -73,6 +73,8 @@ pub(crate) struct Control {
     waiting: Arc<Mutex<VecDeque<Waiting>>>,
     sending: tokio::sync::Mutex<()>,
     ended: watch::Receiver<Option<VmEnd>>,
+    /// Serial of the latest request for memory that the guest has met.
+    memory: watch::Receiver<u64>,
     reader: JoinHandle<()>,
 }
 
@@ -96,8 +98,9 @@ impl Control {
         let socket = Arc::new(UnixStream::from_std(socket.into())?);
         let waiting = Arc::new(Mutex::new(VecDeque::new()));
         let (tell, ended) = watch::channel(None);
-        let reader = tokio::spawn(read(Arc::clone(&socket), Arc::clone(&waiting), tell));
-        Ok(Self { socket, waiting, sending: tokio::sync::Mutex::new(()), ended, reader })
+        let (tell_memory, memory) = watch::channel(0);
+        let reader = tokio::spawn(read(Arc::clone(&socket), Arc::clone(&waiting), tell, tell_memory));
+        Ok(Self { socket, waiting, sending: tokio::sync::Mutex::new(()), ended, memory, reader })
     }
 
     /// Sends a request, with descriptors, and waits for its answer.
@@ -133,6 +136,11 @@ impl Control {
         }
     }
 
+    /// The serial of the latest request for memory that the guest has met.
+    pub(super) fn memory(&self) -> watch::Receiver<u64> {
+        self.memory.clone()
+    }
+
     /// Waits until the machine has ended.
     pub(crate) async fn ended(&self) -> VmEnd {
         let mut ended = self.ended.clone();
@@ -158,6 +166,7 @@ async fn read(
     socket: Arc<UnixStream>,
     waiting: Arc<Mutex<VecDeque<Waiting>>>,
     tell: watch::Sender<Option<VmEnd>>,
+    tell_memory: watch::Sender<u64>,
 ) {
     let mut buffer = vec![0; MAX_PACKET_BYTES + 1];
     loop {
@@ -181,6 +190,9 @@ async fn read(
                 }
             }
             Ok(Message::Event { event: Event::AgentReady }) => {}
+            Ok(Message::Event { event: Event::MemoryReached { serial } }) => {
+                tell_memory.send_replace(serial);
+            }
             Ok(Message::Event { event: Event::Exited { cause, .. } }) => {
                 tell.send_replace(Some(VmEnd::from_cause(cause)));
             }
@@ -200,21 +212,40 @@ async fn read(
     });
 }
 
+/// The VMM's end, played by a test.
+#[cfg(test)]
+pub(super) mod testing {
+    use super::*;
+
+    pub(in crate::launch) fn say(far: &OwnedFd, message: &Message) {
+        rustix::net::send(far, &serde_json::to_vec(message).unwrap(), SendFlags::empty()).unwrap();
+    }
+
+    pub(in crate::launch) fn done(far: &OwnedFd) {
+        say(far, &Message::Reply { result: Ok(Reply::Done) });
+    }
+
+    pub(in crate::launch) fn memory_reached(far: &OwnedFd, serial: u64) {
+        say(far, &Message::Event { event: Event::MemoryReached { serial } });
+    }
+
+    pub(in crate::launch) fn hear(far: &OwnedFd) -> Request {
+        hear_until_closed(far).unwrap()
+    }
+
+    pub(in crate::launch) fn hear_until_closed(far: &OwnedFd) -> Option<Request> {
+        let mut buffer = vec![0; MAX_PACKET_BYTES];
+        let (_, len) = recv(far, buffer.as_mut_slice(), RecvFlags::empty()).unwrap();
+        (len > 0).then(|| serde_json::from_slice(&buffer[..len]).unwrap())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use hyper_vmm_spec::control::{RunState, Timeline};
 
+    use super::testing::{hear, say};
     use super::*;
-
-    fn say(far: &OwnedFd, message: &Message) {
-        rustix::net::send(far, &serde_json::to_vec(message).unwrap(), SendFlags::empty()).unwrap();
-    }
-
-    fn hear(far: &OwnedFd) -> Request {
-        let mut buffer = vec![0; MAX_PACKET_BYTES];
-        let (_, len) = recv(far, buffer.as_mut_slice(), RecvFlags::empty()).unwrap();
-        serde_json::from_slice(&buffer[..len]).unwrap()
-    }
 
     const LIMIT: Duration = Duration::from_secs(5);
 

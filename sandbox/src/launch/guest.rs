@@ -19,6 +19,7 @@ use super::agent::{self, Agent};
 use super::child::{keep, last_words, spawn};
 use super::control::{self, Control, VmEnd};
 use super::file_server::FileServer;
+use super::levers::Levers;
 use super::plan::{GuestPlan, assemble, port_path, vsock_path};
 use super::{VmError, scaled_ms};
 use crate::dirs::Parts;
@@ -72,10 +73,12 @@ impl Steps {
 #[derive(Debug)]
 pub(crate) struct Guest {
     pub(crate) agent: Arc<Agent>,
-    control: Control,
+    control: Arc<Control>,
     vmm: Child,
     file_server: Option<FileServer>,
     logs: Vec<JoinHandle<()>>,
+    /// Slots of the bays.
+    bays: Vec<u32>,
 }
 
 impl Guest {
@@ -111,13 +114,14 @@ impl Guest {
         if let Err(error) = built {
             return Err(explain(error, &control, &log_dir).await);
         }
+        let bays = assembled.bays.clone();
         drop(assembled);
         steps.done("vmm-built");
         wait_for_doorbell(&bell, ended(&control, file_server.as_ref()), &console_log).await?;
         steps.done("doorbell");
         let agent = Agent::connect(&vsock_path(&run_dir)).await?;
         steps.done("rpc");
-        Ok(Self { agent: Arc::new(agent), control, vmm, file_server, logs })
+        Ok(Self { agent: Arc::new(agent), control: Arc::new(control), vmm, file_server, logs, bays })
     }
 
     /// Gives the guest its clock, entropy and network.
@@ -149,6 +153,16 @@ impl Guest {
     /// Process id of the VMM; 0 when it has ended.
     pub(crate) fn pid(&self) -> u32 {
         self.vmm.id().unwrap_or_default()
+    }
+
+    /// What changes the machine while it runs.
+    pub(crate) fn levers(&self) -> Levers {
+        Levers::new(&self.control)
+    }
+
+    /// Slots of the bays, by which the guest knows them; bay n is the nth.
+    pub(crate) fn bays(&self) -> &[u32] {
+        &self.bays
     }
 
     /// When the VMM reached each step of the boot.

@@ -6,13 +6,14 @@
 //! ```
 //!
 //! Files: `guest` (the whole), `plan` (what is to be started, as a `VmSpec`), `control` (the VMM's socket), `file_server`, `child`
-//! (processes and their logs), `agent` (RPC and streams), `memory` (how large the VM must be), `unpack`.
+//! (processes and their logs), `levers` (what changes a running machine), `agent` (RPC and streams), `memory` (how large the VM must be), `unpack`.
 
 mod agent;
 mod child;
 mod control;
 mod file_server;
 mod guest;
+mod levers;
 mod memory;
 mod plan;
 mod unpack;
@@ -26,9 +27,14 @@ use hyper_vmm_spec::SpecError;
 pub(crate) use agent::{Agent, Stream, call, context, rpc_error};
 pub(crate) use control::VmEnd;
 pub(crate) use guest::{Guest, Steps};
+pub(crate) use levers::Levers;
 pub(crate) use memory::MemorySizing;
-pub(crate) use plan::{DiskPlan, GuestPlan, NetPlan, SharePlan};
+pub(crate) use plan::{DiskPlan, GrowthPlan, GuestPlan, NetPlan, SharePlan};
 pub(crate) use unpack::unpack;
+
+/// A VMM that is played, for tests of what uses it.
+#[cfg(test)]
+pub(crate) use levers::testing;
 
 /// Compression of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -5,7 +5,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use hyper_vmm_spec::{
-    BalloonSpec, DeviceSpec, DiskId, DiskSpec, FdSlot, NetSpec, ShareSpec, SpecError, VmSpec, VsockSpec,
+    BalloonSpec, DeviceSpec, DiskId, DiskSpec, FdSlot, HotMemorySpec, MAX_DEVICES, NetSpec, ShareSpec,
+    SpecError, VmSpec, VsockSpec,
 };
 use serde::Serialize;
 
@@ -15,6 +16,9 @@ use crate::dirs::Parts;
 /// Kernel command line of every guest. The VMM appends its devices. `reboot=k`: the reset that the VMM sees is that of the keyboard
 /// controller; `quiet`: each character on the serial port is an exit to the VMM; no dummy interface beside eth0.
 const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k tsc=reliable no_timer_check random.trust_cpu=on dummy.numdummies=0";
+/// And of those that grow: most of the memory that is added is kept free of what cannot be moved, so that it can be taken back, but never
+/// so much of it that the kernel has too little for itself.
+const GROWTH_CMDLINE: &str = "memory_hotplug.online_policy=auto-movable";
 /// The first context id that is not reserved. Guests cannot see each other, so all have the same.
 const GUEST_CID: u32 = 3;
 
@@ -26,14 +30,27 @@ pub(crate) struct GuestPlan {
     /// Where its logs are written.
     pub(crate) log_dir: PathBuf,
     pub(crate) vcpus: u8,
-    /// Memory of the machine, MiB.
+    /// Memory of the machine at boot, MiB.
     pub(crate) mem_mib: u32,
+    /// How it may grow while it runs.
+    pub(crate) growth: Option<GrowthPlan>,
+    /// Most places for disks that come while it runs; as many as there are slots left.
+    pub(crate) bays: u8,
     pub(crate) disks: Vec<DiskPlan>,
     pub(crate) nets: Vec<NetPlan>,
     /// What is shared; nothing: no file server.
     pub(crate) shares: Vec<SharePlan>,
     /// More words for the kernel's command line.
     pub(crate) kernel_args: Vec<String>,
+}
+
+/// What a machine may come to have while it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct GrowthPlan {
+    /// vCPUs, those at boot included.
+    pub(crate) max_vcpus: u8,
+    /// Memory beside that at boot, MiB; a multiple of `HOT_MEM_STEP_MIB`, or none.
+    pub(crate) hot_mem_mib: u32,
 }
 
 /// A disk.
@@ -68,6 +85,8 @@ pub(crate) struct SharePlan {
 #[derive(Debug)]
 pub(crate) struct Assembled {
     pub(crate) spec: VmSpec,
+    /// Slots of the bays, by which the guest knows them.
+    pub(crate) bays: Vec<u32>,
     fds: Vec<OwnedFd>,
 }
 
@@ -115,6 +134,7 @@ pub(super) fn assemble(
     let kernel = slots.take(open_part("the guest kernel", &parts.kernel)?);
     let initramfs = slots.take(open_part("the guest's initramfs", &parts.initramfs)?);
     let cmdline = std::iter::once(CMDLINE)
+        .chain(plan.growth.map(|_| GROWTH_CMDLINE))
         .chain(plan.kernel_args.iter().map(String::as_str))
         .collect::<Vec<_>>()
         .join(" ");
@@ -138,13 +158,33 @@ pub(super) fn assemble(
         let tag = hyper_protocol::SHARE_TAG.to_owned();
         spec = spec.with_device(DeviceSpec::Share(ShareSpec { tag, fd: slots.take(share) }))?;
     }
-    let spec = with_small_devices(spec)?;
-    Ok(Assembled { spec, fds: slots.fds })
+    let mut spec = with_small_devices(spec)?;
+    if let Some(growth) = plan.growth {
+        spec = with_growth(spec, growth)?;
+    }
+    let first_bay_slot = spec.devices().len();
+    let bays = usize::from(plan.bays).min(MAX_DEVICES.saturating_sub(first_bay_slot));
+    for _ in 0..bays {
+        spec = spec.with_device(DeviceSpec::Bay)?;
+    }
+    Ok(Assembled { bays: bay_slots(first_bay_slot, bays), spec, fds: slots.fds })
 }
 
 fn with_small_devices(spec: VmSpec) -> Result<VmSpec, SpecError> {
     spec.with_device(DeviceSpec::Balloon(BalloonSpec { free_page_reporting: true }))?
         .with_device(DeviceSpec::Rng)
+}
+
+fn bay_slots(first: usize, count: usize) -> Vec<u32> {
+    (first..first + count).filter_map(|slot| u32::try_from(slot).ok()).collect()
+}
+
+fn with_growth(spec: VmSpec, growth: GrowthPlan) -> Result<VmSpec, SpecError> {
+    let spec = spec.with_max_vcpus(growth.max_vcpus)?;
+    if growth.hot_mem_mib == 0 {
+        return Ok(spec);
+    }
+    spec.with_device(DeviceSpec::HotMemory(HotMemorySpec { max_mib: growth.hot_mem_mib }))
 }
 
 #[cfg(test)]
@@ -161,6 +201,8 @@ mod tests {
             log_dir: dir.to_owned(),
             vcpus: 2,
             mem_mib: 128,
+            growth: None,
+            bays: 0,
             disks: vec![DiskPlan { id: "image", file: null().into(), read_only: true }],
             nets: vec![NetPlan { tap: null(), mac: [2, 0, 0, 0, 0, 1], mtu: 1500 }],
             shares: Vec::new(),
@@ -184,6 +226,43 @@ mod tests {
         }
         assert!(assembled.spec.cmdline().ends_with("dummy.numdummies=0 loglevel=7"));
         assert_eq!(assembled.spec.devices().len(), 6);
+    }
+
+    #[test]
+    fn a_machine_that_may_grow_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let parts = Parts::in_dir(dir.path(), dir.path());
+        std::fs::write(&parts.kernel, "").unwrap();
+        std::fs::write(&parts.initramfs, "").unwrap();
+        let mut grows = plan(dir.path());
+        grows.growth = Some(GrowthPlan { max_vcpus: 8, hot_mem_mib: 1024 });
+        grows.bays = 8;
+        let assembled = assemble(grows, &parts, null(), None).unwrap();
+        assert_eq!(assembled.bays, (6..14).collect::<Vec<_>>());
+        let spec = assembled.spec;
+        assert_eq!((spec.vcpus(), spec.max_vcpus(), spec.hot_mem_mib()), (2, 8, 1024));
+        assert!(spec.cmdline().contains(GROWTH_CMDLINE));
+        assert!(
+            !assemble(plan(dir.path()), &parts, null(), None)
+                .unwrap()
+                .spec
+                .cmdline()
+                .contains(GROWTH_CMDLINE)
+        );
+    }
+
+    #[test]
+    fn bays_take_what_slots_are_left() {
+        let dir = tempfile::tempdir().unwrap();
+        let parts = Parts::in_dir(dir.path(), dir.path());
+        std::fs::write(&parts.kernel, "").unwrap();
+        std::fs::write(&parts.initramfs, "").unwrap();
+        let mut many = plan(dir.path());
+        many.nets = (0..10).map(|n| NetPlan { tap: null(), mac: [2, 0, 0, 0, 0, n], mtu: 1500 }).collect();
+        many.bays = 8;
+        let assembled = assemble(many, &parts, null(), None).unwrap();
+        assert_eq!(assembled.spec.devices().len(), MAX_DEVICES);
+        assert_eq!(assembled.bays, (14..19).collect::<Vec<_>>());
     }
 
     #[test]

@@ -78,6 +78,8 @@ pub(crate) async fn unpack(
         run_dir,
         vcpus: vcpus(),
         mem_mib: MEM_MIB,
+        growth: None,
+        bays: 0,
         disks: vec![DiskPlan { id: DISK, file: guest_disk, read_only: false }],
         nets: Vec::new(),
         shares: Vec::new(),

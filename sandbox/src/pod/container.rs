@@ -7,12 +7,14 @@ use std::sync::{Arc, Mutex};
 
 use hyper_protocol::rpc::agent::{
     ContainerRef, CreateContainerRequest, CreateProcessRequest, Mount, ProcessRef, ResizeTerminalRequest,
-    Rootfs, SignalProcessRequest, Stdio, UpdateContainerRequest, mount,
+    SignalProcessRequest, Stdio, UpdateContainerRequest, mount,
 };
 use protobuf::MessageField;
 use serde_json::Value;
 use tokio::time::timeout;
 
+use super::bays::BayDisk;
+use super::growth::{Claim, Claimed};
 use super::hooks::{Hooks, Moment};
 use super::io::{Ends, Input, StdioPaths};
 use super::live::LiveMount;
@@ -71,6 +73,8 @@ pub(super) struct PodContainer {
     hooks: Hooks,
     /// Its root and volumes; undone with it.
     _mounts: Vec<Arc<LiveMount>>,
+    /// Its disks, let go of with it.
+    _disks: Vec<BayDisk>,
 }
 
 impl PodContainer {
@@ -140,20 +144,17 @@ impl Sandbox {
         let pod_hostname = held(&self.hostname).clone();
         let translated = translate::container(&wish.config, &wish.bundle, &pod_hostname)?;
         let ends = Ends::open(&wish.stdio)?;
-        let root = if wish.rootfs.is_empty() {
-            self.live.bind(&translated.root, false)?
-        } else {
-            self.live.root(&wish.rootfs)?
-        };
-        let mut request = CreateContainerRequest {
-            container_id: wish.id.clone(),
-            rootfs: MessageField::some(Rootfs {
-                share: MessageField::some(root.source()),
-                ..Default::default()
-            }),
-            ..Default::default()
-        };
-        let mut mounts = vec![root];
+        let claimed = Claimed::new(&self.growth, &wish.id, translated.claim);
+        self.fit_or_warn().await;
+        let mut request = CreateContainerRequest { container_id: wish.id.clone(), ..Default::default() };
+        let mut mounts = Vec::new();
+        let mut disks = self.add_root(&wish, &translated, &mut request, &mut mounts).await?;
+        for device in &translated.devices {
+            let disk = self.attach_device(device).await?;
+            request.block_devices.push(device.in_guest(&disk));
+            disks.push(disk);
+        }
+        request.disks = disks.iter().map(BayDisk::attached).collect();
         self.add_volumes(&translated, &mut request, &mut mounts)?;
         if let Some(other) = translated.pid_namespace_of.filter(|other| *other != wish.id)
             && held(&self.containers).contains_key(&other)
@@ -191,6 +192,7 @@ impl Sandbox {
             memory_told: AtomicBool::new(false),
             hooks: translated.hooks,
             _mounts: mounts,
+            _disks: disks,
         });
         // The first one is the pod's sandbox, whose host name its containers have.
         if pod_hostname.is_empty() {
@@ -198,6 +200,7 @@ impl Sandbox {
         }
         announce();
         tokio::spawn(watch_over(self.around(), Arc::clone(&container), process, pumps));
+        claimed.keep();
         reservation.fill(&container);
         Ok(())
     }
@@ -513,12 +516,20 @@ impl Sandbox {
             // Device rules do not change.
             wish.remove("devices");
         }
+        let before = self.growth.claim_of(id);
+        let after = Claim::of(&wish, before);
+        self.growth.set_claim(id, before.max(after));
+        self.fit_or_warn().await;
         let request = UpdateContainerRequest {
             container_id: id.to_owned(),
             oci_resources: wish.to_string().into_bytes(),
             ..Default::default()
         };
-        self.call("UpdateContainer", self.agent.rpc.update_container(call(), &request)).await.map(drop)
+        let updated = self.call("UpdateContainer", self.agent.rpc.update_container(call(), &request)).await;
+        // Only now what was more than it is; and nothing has changed if the guest refused.
+        self.growth.set_claim(id, if updated.is_ok() { after } else { before });
+        self.fit_or_warn().await;
+        updated.map(drop)
     }
 
     /// Forgets a process that has ended or never ran; with the first one goes the container.
@@ -547,6 +558,7 @@ impl Sandbox {
         let ended = timeout(scaled_ms(DELETED_MS), exits.wait_for(Option::is_some)).await;
         let exit = ended.ok().and_then(|exit| *exit.ok()?).unwrap_or(never);
         held(&self.containers).remove(id);
+        self.give_up(id).await;
         let about = (id, 0, container.bundle.as_path());
         if let Err(error) = container.hooks.run(Moment::Stopped, about, &self.host).await {
             tracing::warn!(id, %error, "poststop");

@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use hyper_protocol::rpc::agent::ConfigureRequest;
 use tokio::sync::{Notify, watch};
 
+use super::bays::{Bays, MAX_BAYS};
+use super::growth::{self, Growth, Room};
 use super::live::LiveShare;
 use super::netns::PodNetwork;
 use super::{PodError, SandboxSpec, until_ended};
@@ -31,12 +33,19 @@ pub(super) struct Machine {
     ended: watch::Receiver<Option<String>>,
 }
 
+/// A machine that has started, and what belongs to it.
+pub(super) struct Started {
+    pub(super) machine: Machine,
+    pub(super) agent: Arc<Agent>,
+    pub(super) live: LiveShare,
+    pub(super) network: PodNetwork,
+    pub(super) growth: Growth,
+    pub(super) bays: Bays,
+}
+
 impl Machine {
     /// Starts it, with all that it uses.
-    pub(super) async fn start(
-        spec: &SandboxSpec,
-        parts: &Parts,
-    ) -> Result<(Self, Arc<Agent>, LiveShare, PodNetwork), PodError> {
+    pub(super) async fn start(spec: &SandboxSpec, parts: &Parts) -> Result<Started, PodError> {
         let parent = spec.run_dir.parent().unwrap_or(Path::new("/"));
         std::fs::create_dir_all(parent).map_err(|source| PodError::io("make", parent, source))?;
         super::clean(&spec.run_dir);
@@ -44,11 +53,15 @@ impl Machine {
         let (network, nets) = PodNetwork::enter(spec.netns.as_deref())?;
         let mut sizing = MemorySizing::load(&Dirs::from_env().data.join("templates"), parts);
         let vm_mem_mib = sizing.vm_mem_mib(spec.mem_mib, spec.vcpus);
+        let base = Room { vcpus: spec.vcpus, mem_mib: spec.mem_mib };
+        let growth = growth::plan(base, vm_mem_mib);
         let plan = GuestPlan {
             run_dir: spec.run_dir.clone(),
             log_dir: spec.run_dir.clone(),
             vcpus: spec.vcpus,
             mem_mib: vm_mem_mib,
+            growth: Some(growth),
+            bays: MAX_BAYS,
             disks: Vec::new(),
             nets,
             shares: vec![live.plan()],
@@ -61,11 +74,14 @@ impl Machine {
             tracing::debug!(%error, "nothing is learned");
         }
         let agent = Arc::clone(&guest.agent);
+        let levers = Arc::new(guest.levers());
+        let growth = Growth::new(base, growth, Arc::clone(&levers));
+        let bays = Bays::new(levers, guest.bays());
         let (tell, ended) = watch::channel(None);
         let stop = Arc::new(Stop::default());
         let machine = Self { pid: guest.pid(), stop: Arc::clone(&stop), ended };
         tokio::spawn(watch_over(guest, stop, tell));
-        Ok((machine, agent, live, network))
+        Ok(Started { machine, agent, live, network, growth, bays })
     }
 
     pub(super) fn pid(&self) -> u32 {

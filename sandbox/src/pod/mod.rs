@@ -13,10 +13,16 @@
 //! machine live as long as their descriptors. Whoever calls owns the ids and the bundles.
 //!
 //! Files: `live` (what the guest sees of the host's files), `mounts` (rootfs), `translate` (OCI specification of the host to that of
-//! the guest), `netns` (interfaces, TAPs, redirection), `rtnetlink`, `loopback` (port-forward), `io` (FIFOs), `process`, `container`, `machine`, `hooks`, `error`.
+//! the guest), `netns` (interfaces, TAPs, redirection), `rtnetlink`, `loopback` (port-forward), `io` (FIFOs), `process`, `container`, `machine`, `growth`
+//! (how large it is while it runs), `bays` (disks that come and go), `disks` (a root of disks), `devices` (block devices of
+//! the host), `hooks`, `error`.
 
+mod bays;
 mod container;
+mod devices;
+mod disks;
 mod error;
+mod growth;
 mod hooks;
 mod io;
 mod live;
@@ -37,10 +43,12 @@ use hyper_protocol::rpc::agent::{NextEventsRequest, sandbox_event};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
+use self::bays::Bays;
 use self::container::PodContainer;
+use self::growth::Growth;
 use self::live::LiveShare;
 use self::loopback::Forwarding;
-use self::machine::Machine;
+use self::machine::{Machine, Started};
 use self::netns::{HostNetwork, PodNetwork};
 use crate::clock::Timestamp;
 use crate::dirs::Parts;
@@ -48,6 +56,7 @@ use crate::launch::{Agent, context, scaled_ms};
 
 pub use self::container::{BundleConfig, ContainerStatus};
 pub use self::error::PodError;
+pub use self::growth::GUEST_MIB;
 pub use self::io::StdioPaths;
 pub use self::live::clean;
 pub use self::mounts::{RootMount, private_mounts};
@@ -73,9 +82,9 @@ pub struct SandboxSpec {
     pub hostname: String,
     /// Where sockets, logs and the shared directory are made. What a dead sandbox left there is removed; it goes with the sandbox.
     pub run_dir: PathBuf,
-    /// vCPUs.
+    /// vCPUs at first; there are more while containers may use more.
     pub vcpus: u8,
-    /// Memory that the guest has, MiB.
+    /// Memory that the guest has at first, MiB; the same goes for it.
     pub mem_mib: u32,
     /// The network namespace that is joined to the guest; `None`: a new one, for somebody to configure before the first start.
     pub netns: Option<PathBuf>,
@@ -139,6 +148,8 @@ pub type EventSink = Arc<dyn Fn(PodEvent) + Send + Sync>;
 pub struct Sandbox {
     machine: Machine,
     agent: Arc<Agent>,
+    growth: Arc<Growth>,
+    bays: Arc<Bays>,
     live: LiveShare,
     host: Arc<HostNetwork>,
     network: tokio::sync::Mutex<PodNetwork>,
@@ -166,7 +177,8 @@ impl Sandbox {
     /// # Errors
     /// A part that is missing, a namespace that cannot be entered, or a machine that does not come up; nothing is left then.
     pub async fn start(spec: SandboxSpec, parts: &Parts, events: EventSink) -> Result<Arc<Self>, PodError> {
-        let (machine, agent, live, mut network) = Machine::start(&spec, parts).await?;
+        let Started { machine, agent, live, mut network, growth, bays } =
+            Machine::start(&spec, parts).await?;
         let forwarding = network.loopback.take().and_then(|loopback| {
             loopback
                 .serve(&agent)
@@ -176,6 +188,8 @@ impl Sandbox {
         let sandbox = Arc::new(Self {
             machine,
             agent,
+            growth: Arc::new(growth),
+            bays: Arc::new(bays),
             live,
             host: Arc::clone(&network.host),
             network: tokio::sync::Mutex::new(network),

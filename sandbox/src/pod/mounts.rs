@@ -14,8 +14,8 @@ const MAX_MOUNTS: usize = 64;
 /// What `mount` takes of options, bytes: a page, with its end.
 const MAX_DATA_BYTES: usize = 4095;
 /// What is mounted on the host: file systems whose form the host's own tools have made. Images of somebody else's making, such as
-/// EROFS layers, are not for the host's kernel to read.
-const KINDS: [&str; 5] = ["overlay", "ext4", "xfs", "btrfs", "tmpfs"];
+/// EROFS layers, and ext4 on a device are the guest's kernel's to read (`disks`).
+const KINDS: [&str; 4] = ["overlay", "xfs", "btrfs", "tmpfs"];
 /// Neither devices nor programs of a root work on the host.
 const HARMLESS: MountFlags = MountFlags::NODEV.union(MountFlags::NOSUID).union(MountFlags::NOEXEC);
 

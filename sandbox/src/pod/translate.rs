@@ -10,6 +10,8 @@ use hyper_protocol::rpc::agent::{TmpfsSource, mount};
 use serde_json::{Map, Value, json};
 
 use super::PodError;
+use super::devices::{self, HostDevice};
+use super::growth::Claim;
 use super::hooks::Hooks;
 use super::live::size_bytes;
 
@@ -56,6 +58,10 @@ pub(super) struct Translated {
     pub(super) pid_namespace_of: Option<String>,
     /// What runs on the host.
     pub(super) hooks: Hooks,
+    /// What it may use of the machine.
+    pub(super) claim: Claim,
+    /// Block devices of the host that it is to have.
+    pub(super) devices: Vec<HostDevice>,
 }
 
 /// Something to mount after the kernel's file systems.
@@ -67,7 +73,7 @@ pub(super) enum Volume {
     Memory { source: mount::Source, destination: String, read_only: bool },
 }
 
-fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
+pub(super) fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
     value.pointer(pointer).and_then(Value::as_str).unwrap_or_default()
 }
 
@@ -101,6 +107,7 @@ pub(super) fn container(config: &[u8], bundle: &Path, pod_hostname: &str) -> Res
         own => own.to_owned(),
     };
     let hooks = Hooks::parse(&spec)?;
+    let claim = Claim::of(spec.pointer("/linux/resources").unwrap_or(&Value::Null), Claim::default());
     let Some(all) = spec.as_object_mut() else { return Err(invalid("config.json is no object")) };
     all.insert("mounts".into(), Value::Array(kernel));
     all.insert("hostname".into(), Value::String(hostname.clone()));
@@ -108,11 +115,24 @@ pub(super) fn container(config: &[u8], bundle: &Path, pod_hostname: &str) -> Res
     for host_only in ["annotations", "hooks", "vm", "windows", "solaris"] {
         all.remove(host_only);
     }
-    if let Some(linux) = all.get_mut("linux").and_then(Value::as_object_mut) {
-        guest_linux(linux)?;
-    }
+    let devices = match all.get_mut("linux").and_then(Value::as_object_mut) {
+        Some(linux) => guest_linux(linux)?,
+        None => Vec::new(),
+    };
     let oci = spec.to_string().into_bytes();
-    Ok(Translated { oci, hostname, root, root_read_only, terminal, size, volumes, pid_namespace_of, hooks })
+    Ok(Translated {
+        oci,
+        hostname,
+        root,
+        root_read_only,
+        terminal,
+        size,
+        volumes,
+        pid_namespace_of,
+        hooks,
+        claim,
+        devices,
+    })
 }
 
 /// Whether a process has a terminal, and of which size.
@@ -172,7 +192,8 @@ fn joins_pids(spec: &Value) -> bool {
     namespaces(spec).any(|(kind, path)| kind == "pid" && !path.is_empty())
 }
 
-fn guest_linux(linux: &mut Map<String, Value>) -> Result<(), PodError> {
+/// Leaves what a guest has; returns the host's block devices that the container is to have.
+fn guest_linux(linux: &mut Map<String, Value>) -> Result<Vec<HostDevice>, PodError> {
     for host_only in
         ["cgroupsPath", "namespaces", "uidMappings", "gidMappings", "rootfsPropagation", "mountLabel"]
     {
@@ -184,18 +205,13 @@ fn guest_linux(linux: &mut Map<String, Value>) -> Result<(), PodError> {
         privileged =
             wish.get("devices").and_then(Value::as_array).is_some_and(|rules| rules.iter().any(allows_all));
     }
+    let is_guests = |device: &Value| GUEST_DEVICES.contains(&text(device, "/path"));
+    // Privileged containers are given every device of the host; what they get are the guest's.
+    let block = devices::take(linux, |device| !privileged && !is_guests(device))?;
     if let Some(devices) = linux.get_mut("devices").and_then(Value::as_array_mut) {
-        let is_guests = |device: &Value| GUEST_DEVICES.contains(&text(device, "/path"));
-        if let Some(foreign) = devices.iter().find(|device| !is_guests(device))
-            && !privileged
-        {
-            let path = text(foreign, "/path").to_owned();
-            return Err(PodError::Unsupported(format!("device {path} of the host")));
-        }
-        // Privileged containers are given every device of the host; what they get are the guest's.
         devices.retain(is_guests);
     }
-    Ok(())
+    Ok(block)
 }
 
 fn allows_all(rule: &Value) -> bool {

@@ -111,6 +111,19 @@ pub(crate) async fn open_rw(home: &Home, id: &str, wish_bytes: u64) -> Result<Fi
     options.open(&path).map_err(|source| SandboxError::io("open", path, source))
 }
 
+/// Makes a writable layer of the default size at `path`, unless it is there already.
+pub(crate) async fn make_rw(path: &Path) -> Result<(), SandboxError> {
+    if path.exists() {
+        return Ok(());
+    }
+    let beside = path.with_extension("img.tmp");
+    let fail = |source| SandboxError::io("make", &beside, source);
+    let file = File::create(&beside).map_err(fail)?;
+    file.set_len(rw_size(0, std::env::var_os("HYPER_RW_SIZE").as_deref())?).map_err(fail)?;
+    mkfs(&beside).await?;
+    fs::rename(&beside, path).map_err(|source| SandboxError::io("make", path, source))
+}
+
 /// The template of a size; formatted once, by whoever comes first.
 async fn template(home: &Home, bytes: u64) -> Result<PathBuf, SandboxError> {
     let dir = home.templates_dir();

@@ -73,6 +73,8 @@ pub(super) async fn machine(
         run_dir,
         vcpus,
         mem_mib: vm_mem_mib,
+        growth: None,
+        bays: 0,
         disks: vec![
             DiskPlan { id: IMAGE_DISK, file: image, read_only: true },
             DiskPlan { id: RW_DISK, file: rw, read_only: false },

@@ -108,6 +108,7 @@ fn await_agent(socket: &OwnedFd) -> Result<()> {
     loop {
         match receive(socket)? {
             Message::Event { event: Event::AgentReady } => return Ok(()),
+            Message::Event { event: Event::MemoryReached { .. } } => {}
             Message::Event { event: Event::Exited { cause, .. } } => bail!("the machine ended: {cause:?}"),
             Message::Reply { result: Err(error) } => bail!("hyper-vmm refused: {error}"),
             Message::Reply { result: Ok(_) } => {}

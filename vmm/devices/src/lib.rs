@@ -12,6 +12,7 @@ pub mod console;
 pub mod device;
 pub mod fs;
 pub mod legacy;
+pub mod mem;
 #[cfg(test)]
 mod mock;
 pub mod net;

@@ -19,6 +19,9 @@ const API_VERSION: i32 = 12;
 const TSS_ADDRESS: usize = 0xfffb_d000;
 const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
 
+/// KVM's number of the first slot of [`Machine::lend`].
+const FIRST_HOT_SLOT: u32 = 8;
+
 /// What a machine cannot be built without.
 const NEEDED: [(Cap, &str); 9] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
@@ -66,18 +69,23 @@ impl Hypervisor {
     }
 
     /// Makes a machine with `vcpus` processors to come, in-kernel interrupt controllers (two 8259, one I/O APIC, local
-    /// APICs) and `mem` as its memory, one slot per region. There is no 8254 timer: a guest kernel that knows kvm-clock
-    /// and the APIC's deadline timer never asks for it.
+    /// APICs) and `mem` up to guest address `memory_end` as its memory, one slot per region; what lies above is lent by
+    /// [`Machine::lend`]. There is no 8254 timer: a guest kernel that knows kvm-clock and the APIC's deadline timer never asks for it.
     ///
     /// # Errors
     /// [`HvError::Vcpus`], or [`HvError::Refused`] with what KVM would not do.
-    pub fn create_machine(&self, mem: Arc<GuestMemoryMmap>, vcpus: u8) -> Result<Machine, HvError> {
+    pub fn create_machine(
+        &self,
+        mem: Arc<GuestMemoryMmap>,
+        memory_end: u64,
+        vcpus: u8,
+    ) -> Result<Machine, HvError> {
         let most = self.kvm.get_max_vcpus();
         if usize::from(vcpus) > most {
             return Err(HvError::Vcpus { asked: usize::from(vcpus), most });
         }
         let vm = self.create_vm()?;
-        lend_memory(&vm, &mem)?;
+        lend_memory(&vm, &mem, memory_end)?;
         vm.set_identity_map_address(IDENTITY_MAP_ADDRESS)
             .map_err(HvError::refused("set the identity map"))?;
         vm.set_tss_address(TSS_ADDRESS).map_err(HvError::refused("set the task state segment"))?;
@@ -113,9 +121,9 @@ fn open_error(errno: Errno) -> HvError {
     }
 }
 
-/// One KVM slot per region of `mem`, in order. The caller keeps `mem` alive as long as `vm` can run.
-pub(crate) fn lend_memory(vm: &VmFd, mem: &GuestMemoryMmap) -> Result<(), HvError> {
-    for (slot, region) in (0u32..).zip(mem.iter()) {
+/// One KVM slot per region of `mem` below `end`, in order. The caller keeps `mem` alive as long as `vm` can run.
+pub(crate) fn lend_memory(vm: &VmFd, mem: &GuestMemoryMmap, end: u64) -> Result<(), HvError> {
+    for (slot, region) in (0u32..).zip(mem.iter().filter(|region| region.start_addr().0 < end)) {
         let start = region.start_addr();
         let host =
             mem.get_host_address(GuestAddress(start.0)).map_err(|_| HvError::MemoryAddress(start.0))?;
@@ -160,6 +168,32 @@ impl Machine {
         self.vm
             .register_ioevent(event, &IoEventAddress::Mmio(address), value)
             .map_err(HvError::refused("watch a doorbell"))
+    }
+
+    /// Lends `len` bytes of guest memory from `start` to KVM, or takes them back (`present` false), while processors run. They lie in
+    /// one region and have slot `number` of their own, which nothing else has: numbers begin at 0, behind those of the regions at boot.
+    ///
+    /// # Errors
+    /// [`HvError::MemoryAddress`] when that is not memory, [`HvError::Refused`] when KVM does not take it.
+    pub fn lend(&self, number: u32, start: u64, len: u64, present: bool) -> Result<(), HvError> {
+        let outside = || HvError::MemoryAddress(start);
+        let region = self.mem.find_region(GuestAddress(start)).ok_or_else(outside)?;
+        let inside = start - region.start_addr().0;
+        if inside.checked_add(len).is_none_or(|end| end > region.len()) {
+            return Err(outside());
+        }
+        let host = self.mem.get_host_address(GuestAddress(start)).map_err(|_| outside())?;
+        let slot = kvm_userspace_memory_region {
+            slot: number.saturating_add(FIRST_HOT_SLOT),
+            flags: 0,
+            guest_phys_addr: start,
+            // No length takes the slot away.
+            memory_size: if present { len } else { 0 },
+            userspace_addr: host as u64,
+        };
+        // SAFETY: `len` bytes are mapped from `host`, as was just checked, and `self.mem` outlives all processors. KVM refuses what
+        // overlaps another slot.
+        unsafe { self.vm.set_user_memory_region(slot) }.map_err(HvError::refused("take guest memory"))
     }
 
     /// Makes processor `index` with its features and topology. Processor 0 is the one that boots; the others wait for it.

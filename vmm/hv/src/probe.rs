@@ -130,7 +130,7 @@ fn guest_loop_ns(hypervisor: &Hypervisor, iterations: u32) -> Result<u64, HvErro
     mem.write_slice(&code, GuestAddress(CODE_AT)).map_err(|_| HvError::MemoryAddress(CODE_AT))?;
 
     let vm = hypervisor.create_vm()?;
-    lend_memory(&vm, &mem)?;
+    lend_memory(&vm, &mem, u64::MAX)?;
     vm.set_identity_map_address(0xfffb_c000).map_err(HvError::refused("set the identity map"))?;
     vm.set_tss_address(0xfffb_d000).map_err(HvError::refused("set the task state segment"))?;
     let mut vcpu = vm.create_vcpu(0).map_err(HvError::refused("create a vCPU"))?;

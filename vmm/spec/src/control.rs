@@ -12,7 +12,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::VmSpec;
+use crate::{DiskId, FdSlot, VmSpec};
 
 /// Largest packet, bytes.
 pub const MAX_PACKET_BYTES: usize = 64 * 1024;
@@ -53,6 +53,34 @@ pub enum Request {
     Balloon {
         /// Memory to take from the guest, in pages of 4 KiB.
         pages: u32,
+    },
+    /// Make the processors up to this number, which wait for the guest to start them. Those that are there stay.
+    Vcpus {
+        /// How many there are to be, at most the spec's.
+        count: u8,
+    },
+    /// Set how much memory the guest is to have beside that of boot. The guest takes or gives it when it can; once it has,
+    /// [`Event::MemoryReached`] comes, unless another such request came first.
+    HotMemory {
+        /// How much, MiB, rounded up to what can be plugged at once; at most the spec's.
+        mib: u32,
+        /// Comes back with the event.
+        serial: u64,
+    },
+    /// Put a disk into an empty bay. The guest sees it when it binds its driver to the bay's window. The disk is read-only when the
+    /// descriptor that comes with the request is.
+    Attach {
+        /// Which bay, counted from 0 among the spec's bays.
+        bay: u8,
+        /// Serial of the disk.
+        id: DiskId,
+        /// The backing file or block device.
+        fd: FdSlot,
+    },
+    /// Take the disk out of a bay, after the request that it is at, whatever the guest does. The guest should have unbound its driver.
+    Detach {
+        /// Which bay.
+        bay: u8,
     },
     /// End the machine now, without asking the guest.
     Shutdown,
@@ -133,6 +161,11 @@ pub struct Metrics {
 pub enum Event {
     /// The agent wrote [`lifecycle::AGENT_READY`].
     AgentReady,
+    /// The guest has as much memory as it was to have by the latest [`Request::HotMemory`].
+    MemoryReached {
+        /// That request's.
+        serial: u64,
+    },
     /// The machine has ended; the process exits after sending this.
     Exited {
         /// How it ended.

@@ -13,6 +13,8 @@ pub const MIN_MEM_MIB: u32 = 32;
 pub const MAX_MEM_MIB: u32 = 1 << 20;
 /// Most virtio devices: one I/O APIC pin each, pins 5 to 23.
 pub const MAX_DEVICES: usize = 19;
+/// Memory that is added while the machine runs comes in parts of this size, MiB: what a Linux guest describes at once.
+pub const HOT_MEM_STEP_MIB: u32 = 128;
 /// Longest kernel command line that the caller may give, bytes; the VMM appends device entries to it
 /// (x86 `COMMAND_LINE_SIZE` is 2048).
 pub const MAX_CMDLINE_BYTES: usize = 1024;
@@ -111,6 +113,13 @@ pub struct BalloonSpec {
     pub free_page_reporting: bool,
 }
 
+/// Memory that the guest gets and gives back while it runs (virtio-mem), at first none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HotMemorySpec {
+    /// Most of it, MiB: a multiple of [`HOT_MEM_STEP_MIB`].
+    pub max_mib: u32,
+}
+
 /// One virtio device. The machine is assembled by walking these in order; slot n gets MMIO window n and pin 5 + n.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
@@ -125,6 +134,10 @@ pub enum DeviceSpec {
     Share(ShareSpec),
     /// virtio-balloon.
     Balloon(BalloonSpec),
+    /// An empty place for a disk that is attached while the machine runs.
+    Bay,
+    /// virtio-mem.
+    HotMemory(HotMemorySpec),
     /// virtio-rng, fed from the host's `getrandom`.
     Rng,
     /// virtio-console, output only, to a descriptor.
@@ -138,6 +151,7 @@ pub enum DeviceSpec {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct RawVmSpec {
     vcpus: u8,
+    max_vcpus: u8,
     mem_mib: u32,
     kernel: FdSlot,
     initramfs: Option<FdSlot>,
@@ -151,6 +165,7 @@ struct RawVmSpec {
 #[serde(try_from = "RawVmSpec", into = "RawVmSpec")]
 pub struct VmSpec {
     vcpus: u8,
+    max_vcpus: u8,
     mem_mib: u32,
     kernel: FdSlot,
     initramfs: Option<FdSlot>,
@@ -183,7 +198,20 @@ impl VmSpec {
         if !cmdline.bytes().all(|b| (0x20..0x7f).contains(&b)) {
             return Err(SpecError::CmdlineBytes);
         }
-        Ok(Self { vcpus, mem_mib, kernel, initramfs: None, cmdline, serial: None, devices: Vec::new() })
+        let (initramfs, serial, devices) = (None, None, Vec::new());
+        Ok(Self { vcpus, max_vcpus: vcpus, mem_mib, kernel, initramfs, cmdline, serial, devices })
+    }
+
+    /// Lets the machine have up to `max_vcpus` virtual processors while it runs; without it there are as many as it boots with.
+    ///
+    /// # Errors
+    /// [`SpecError::MaxVcpus`] when that is less than it boots with, or more than [`MAX_VCPUS`].
+    pub fn with_max_vcpus(mut self, max_vcpus: u8) -> Result<Self, SpecError> {
+        if !(self.vcpus..=MAX_VCPUS).contains(&max_vcpus) {
+            return Err(SpecError::MaxVcpus { max_vcpus, vcpus: self.vcpus });
+        }
+        self.max_vcpus = max_vcpus;
+        Ok(self)
     }
 
     /// Sets the initramfs.
@@ -206,16 +234,30 @@ impl VmSpec {
     /// When the slots are used up, or the device clashes with one that is there.
     pub fn with_device(mut self, device: DeviceSpec) -> Result<Self, SpecError> {
         self.devices.push(device);
-        check_devices(&self.devices)?;
+        check_devices(&self.devices, self.mem_mib)?;
         Ok(self)
     }
 
-    /// Virtual processors, 1 to [`MAX_VCPUS`].
+    /// Virtual processors that it boots with, 1 to [`MAX_VCPUS`].
     #[must_use]
     pub fn vcpus(&self) -> u8 {
         self.vcpus
     }
-    /// Guest memory, MiB.
+    /// Virtual processors that it may have.
+    #[must_use]
+    pub fn max_vcpus(&self) -> u8 {
+        self.max_vcpus
+    }
+    /// Memory that may be added while it runs, MiB.
+    #[must_use]
+    pub fn hot_mem_mib(&self) -> u32 {
+        let hot = self.devices.iter().find_map(|device| match device {
+            DeviceSpec::HotMemory(hot) => Some(hot.max_mib),
+            _ => None,
+        });
+        hot.unwrap_or(0)
+    }
+    /// Guest memory at boot, MiB.
     #[must_use]
     pub fn mem_mib(&self) -> u32 {
         self.mem_mib
@@ -247,7 +289,7 @@ impl VmSpec {
     }
 }
 
-fn check_devices(devices: &[DeviceSpec]) -> Result<(), SpecError> {
+fn check_devices(devices: &[DeviceSpec], mem_mib: u32) -> Result<(), SpecError> {
     if devices.len() > MAX_DEVICES {
         return Err(SpecError::TooManyDevices(devices.len()));
     }
@@ -266,11 +308,17 @@ fn check_devices(devices: &[DeviceSpec]) -> Result<(), SpecError> {
                     return Err(SpecError::DuplicateName(s.tag.clone()));
                 }
             }
+            DeviceSpec::HotMemory(hot) if !hot_memory_fits(*hot, mem_mib) => {
+                return Err(SpecError::HotMemory(hot.max_mib));
+            }
             DeviceSpec::Vsock(v) if v.guest_cid < 3 => return Err(SpecError::GuestCid(v.guest_cid)),
             _ => {}
         }
         let kind = std::mem::discriminant(device);
-        let many = matches!(device, DeviceSpec::Disk(_) | DeviceSpec::Share(_) | DeviceSpec::Net(_));
+        let many = matches!(
+            device,
+            DeviceSpec::Disk(_) | DeviceSpec::Share(_) | DeviceSpec::Net(_) | DeviceSpec::Bay
+        );
         if !many && !single.insert(kind) {
             return Err(SpecError::SecondOfItsKind);
         }
@@ -278,11 +326,19 @@ fn check_devices(devices: &[DeviceSpec]) -> Result<(), SpecError> {
     Ok(())
 }
 
+fn hot_memory_fits(hot: HotMemorySpec, mem_mib: u32) -> bool {
+    let all = hot.max_mib.checked_add(mem_mib);
+    hot.max_mib > 0
+        && hot.max_mib.is_multiple_of(HOT_MEM_STEP_MIB)
+        && all.is_some_and(|all| all <= MAX_MEM_MIB)
+}
+
 impl TryFrom<RawVmSpec> for VmSpec {
     type Error = SpecError;
     fn try_from(raw: RawVmSpec) -> Result<Self, SpecError> {
-        let mut spec = Self::new(raw.vcpus, raw.mem_mib, raw.kernel, raw.cmdline)?;
-        check_devices(&raw.devices)?;
+        let mut spec =
+            Self::new(raw.vcpus, raw.mem_mib, raw.kernel, raw.cmdline)?.with_max_vcpus(raw.max_vcpus)?;
+        check_devices(&raw.devices, raw.mem_mib)?;
         spec.initramfs = raw.initramfs;
         spec.serial = raw.serial;
         spec.devices = raw.devices;
@@ -294,6 +350,7 @@ impl From<VmSpec> for RawVmSpec {
     fn from(s: VmSpec) -> Self {
         Self {
             vcpus: s.vcpus,
+            max_vcpus: s.max_vcpus,
             mem_mib: s.mem_mib,
             kernel: s.kernel,
             initramfs: s.initramfs,
@@ -310,6 +367,20 @@ pub enum SpecError {
     /// Processor count out of range.
     #[error("{0} vCPUs asked for: give 1 to {MAX_VCPUS}")]
     Vcpus(u8),
+    /// Fewer processors at most than at boot, or too many.
+    #[error("at most {max_vcpus} vCPUs asked for, and {vcpus} at boot: give {vcpus} to {MAX_VCPUS}")]
+    MaxVcpus {
+        /// Asked for at most.
+        max_vcpus: u8,
+        /// Asked for at boot.
+        vcpus: u8,
+    },
+    /// Memory to be added is out of range.
+    #[error(
+        "{0} MiB of memory to be added asked for: give a multiple of {HOT_MEM_STEP_MIB}, and no more than \
+         {MAX_MEM_MIB} with that at boot"
+    )]
+    HotMemory(u32),
     /// Memory out of range.
     #[error("{0} MiB of memory asked for: give {MIN_MEM_MIB} to {MAX_MEM_MIB}")]
     Memory(u32),
@@ -332,7 +403,7 @@ pub enum SpecError {
     #[error("two devices are named {0:?}")]
     DuplicateName(String),
     /// Two of a device that comes once.
-    #[error("a second vsock, balloon, rng or console device was asked for")]
+    #[error("a second vsock, balloon, rng, console or memory device was asked for")]
     SecondOfItsKind,
     /// Reserved context id.
     #[error("guest context id {0}: give 3 or more")]
@@ -372,6 +443,24 @@ mod tests {
             spec = spec.with_device(disk(&format!("d{n}"))).unwrap();
         }
         assert_eq!(spec.with_device(disk("last")), Err(SpecError::TooManyDevices(MAX_DEVICES + 1)));
+    }
+
+    #[test]
+    fn growth_is_bounded() {
+        let spec = VmSpec::new(2, 512, FdSlot(0), "").unwrap();
+        assert_eq!((spec.max_vcpus(), spec.hot_mem_mib()), (2, 0));
+        assert_eq!(spec.clone().with_max_vcpus(4).unwrap().max_vcpus(), 4);
+        for max_vcpus in [1, MAX_VCPUS + 1] {
+            let refused = spec.clone().with_max_vcpus(max_vcpus);
+            assert_eq!(refused, Err(SpecError::MaxVcpus { max_vcpus, vcpus: 2 }));
+        }
+        let hot = |max_mib| DeviceSpec::HotMemory(HotMemorySpec { max_mib });
+        assert_eq!(spec.clone().with_device(hot(256)).unwrap().hot_mem_mib(), 256);
+        for bad in [0, 100, MAX_MEM_MIB, u32::MAX] {
+            assert_eq!(spec.clone().with_device(hot(bad)), Err(SpecError::HotMemory(bad)));
+        }
+        let twice = spec.with_device(hot(128)).unwrap().with_device(hot(128));
+        assert_eq!(twice, Err(SpecError::SecondOfItsKind));
     }
 
     #[test]

@@ -81,6 +81,11 @@ impl Disk {
         Ok(Self { file, bytes, read_only })
     }
 
+    /// Whether a descriptor is open for reading only.
+    pub(super) fn is_read_only(file: &File) -> Result<bool, Errno> {
+        Ok(rustix::fs::fcntl_getfl(file)? & OFlags::RWMODE == OFlags::RDONLY)
+    }
+
     pub(super) fn sectors(&self) -> u64 {
         self.bytes / SECTOR_BYTES
     }

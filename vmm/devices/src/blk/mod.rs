@@ -1,6 +1,7 @@
 //! virtio-blk (virtio 1.3, 5.2) on a raw file or block device, served by a thread of its own so that a slow disk stalls neither
 //! a virtual processor nor the other devices. The file's content is never looked at.
 
+mod bay;
 mod disk;
 mod handler;
 mod request;
@@ -21,6 +22,7 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
+pub use self::bay::{Bay, BayError, BayHandle};
 pub use self::disk::BlkError;
 use self::disk::Disk;
 use self::handler::{BlkHandler, Counters, Stop};
@@ -60,6 +62,16 @@ impl Blk {
         }
         let config = config_space(disk.sectors(), read_only);
         Ok(Self { serial, disk, config, counters: Arc::default(), worker: None })
+    }
+
+    /// As [`Blk::new`], read-only when the descriptor is.
+    fn by_mode(id: &DiskId, file: File) -> Result<Self, BlkError> {
+        let read_only = Disk::is_read_only(&file).map_err(|source| BlkError::Io {
+            id: id.as_str().to_owned(),
+            what: "ask how it is open",
+            source: source.into(),
+        })?;
+        Self::new(id, file, read_only)
     }
 
     fn stop(&mut self) {

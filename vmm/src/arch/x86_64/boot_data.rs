@@ -49,14 +49,32 @@ pub(crate) fn announce_devices(cmdline: &str, devices: usize) -> String {
         .join(" ")
 }
 
+/// The command line with how many processors are started at boot, when the table names more: those that are not made yet would be
+/// waited for.
+pub(crate) fn announce_processors(cmdline: &str, vcpus: u8, max_vcpus: u8) -> String {
+    match cmdline {
+        _ if vcpus == max_vcpus => cmdline.to_owned(),
+        "" => format!("maxcpus={vcpus}"),
+        _ => format!("{cmdline} maxcpus={vcpus}"),
+    }
+}
+
+/// What is written for one boot.
+#[derive(Debug)]
+pub(crate) struct BootPlan<'a> {
+    /// Processors that the table names.
+    pub(crate) max_vcpus: u8,
+    /// Where memory ends that is there at boot.
+    pub(crate) memory_end: u64,
+    pub(crate) cmdline: &'a str,
+    pub(crate) kernel: &'a LoadedKernel,
+    /// Start and length.
+    pub(crate) initramfs: Option<(u64, u64)>,
+}
+
 /// Writes everything and says where the first processor starts.
-pub(crate) fn write_boot_data(
-    mem: &GuestMemoryMmap,
-    vcpus: u8,
-    cmdline: &str,
-    kernel: &LoadedKernel,
-    initramfs: Option<(u64, u64)>,
-) -> Result<Entry, BootError> {
+pub(crate) fn write_boot_data(mem: &GuestMemoryMmap, plan: &BootPlan<'_>) -> Result<Entry, BootError> {
+    let BootPlan { max_vcpus: vcpus, memory_end, cmdline, kernel, initramfs } = *plan;
     let line = [cmdline.as_bytes(), &[0]].concat();
     if line.len() > MAX_FULL_CMDLINE_BYTES {
         return Err(BootError::Cmdline(cmdline.len()));
@@ -66,7 +84,7 @@ pub(crate) fn write_boot_data(
     write(mem, "the processor table", MP_TABLE, &table)?;
     write_page_tables(mem)?;
     write_segments(mem)?;
-    let params = boot_parameters(mem, line.len(), initramfs);
+    let params = boot_parameters(&memory_map(mem, memory_end), line.len(), initramfs);
     LinuxBootConfigurator::write_bootparams(&BootParams::new(&params, GuestAddress(ZERO_PAGE)), mem)
         .map_err(BootError::ZeroPage)?;
     Ok(Entry {
@@ -102,7 +120,7 @@ fn write_segments(mem: &GuestMemoryMmap) -> Result<(), BootError> {
 }
 
 fn boot_parameters(
-    mem: &GuestMemoryMmap,
+    map: &[boot_e820_entry],
     cmdline_bytes: usize,
     initramfs: Option<(u64, u64)>,
 ) -> boot_params {
@@ -119,21 +137,20 @@ fn boot_parameters(
         params.hdr.ramdisk_image = low32(start);
         params.hdr.ramdisk_size = low32(len);
     }
-    let map = memory_map(mem);
-    for (slot, entry) in params.e820_table.iter_mut().zip(&map) {
+    for (slot, entry) in params.e820_table.iter_mut().zip(map) {
         *slot = *entry;
     }
     params.e820_entries = u8::try_from(map.len()).unwrap_or(0);
     params
 }
 
-/// The e820 map: memory, except the MP table and the PC's video and firmware area.
-fn memory_map(mem: &GuestMemoryMmap) -> Vec<boot_e820_entry> {
+/// The e820 map: memory up to `end`, except the MP table and the PC's video and firmware area.
+fn memory_map(mem: &GuestMemoryMmap, end: u64) -> Vec<boot_e820_entry> {
     const USABLE: u32 = 1;
     const RESERVED: u32 = 2;
     let entry = |addr, end: u64, kind| boot_e820_entry { addr, size: end - addr, r#type: kind };
     let mut map = vec![entry(0, MP_TABLE, USABLE), entry(MP_TABLE, BASE_MEMORY_END, RESERVED)];
-    for region in mem.iter() {
+    for region in mem.iter().filter(|region| region.start_addr().0 < end) {
         let start = region.start_addr().0;
         map.push(entry(start.max(HIGH_MEMORY), start + region.len(), USABLE));
     }
@@ -163,8 +180,16 @@ mod tests {
     }
 
     #[test]
+    fn processors_to_come_are_not_waited_for() {
+        assert_eq!(announce_processors("quiet", 2, 2), "quiet");
+        assert_eq!(announce_processors("quiet", 2, 4), "quiet maxcpus=2");
+        assert_eq!(announce_processors("", 1, 4), "maxcpus=1");
+    }
+
+    #[test]
     fn the_memory_map_leaves_out_tables_firmware_and_hole() {
-        let map = memory_map(&memory(&[(0, 0x800_0000), (1 << 32, 0x10_0000)]));
+        let mem = memory(&[(0, 0x800_0000), (1 << 32, 0x10_0000), (2 << 32, 0x10_0000)]);
+        let map = memory_map(&mem, 2 << 32);
         let plain: Vec<_> = map.iter().map(|e| (e.addr, e.addr + e.size, e.r#type)).collect();
         let expected = [
             (0, 0x9_fc00, 1),
@@ -179,7 +204,14 @@ mod tests {
     fn boot_data_is_where_the_entry_says() {
         let mem = memory(&[(0, 0x200_0000)]);
         let kernel = LoadedKernel { entry: 0x100_0000, end: 0x180_0000 };
-        let entry = write_boot_data(&mem, 2, "console=ttyS0", &kernel, Some((0x1f0_0000, 0x1234))).unwrap();
+        let plan = BootPlan {
+            max_vcpus: 2,
+            memory_end: u64::MAX,
+            cmdline: "console=ttyS0",
+            kernel: &kernel,
+            initramfs: Some((0x1f0_0000, 0x1234)),
+        };
+        let entry = write_boot_data(&mem, &plan).unwrap();
         assert_eq!(entry.instruction, 0x100_0000);
         let params: boot_params = mem.read_obj(GuestAddress(entry.zero_page)).unwrap();
         let header = params.hdr;
@@ -199,6 +231,8 @@ mod tests {
         let mem = memory(&[(0, 0x200_0000)]);
         let kernel = LoadedKernel { entry: 0x100_0000, end: 0x180_0000 };
         let long = "x".repeat(MAX_FULL_CMDLINE_BYTES);
-        assert!(matches!(write_boot_data(&mem, 1, &long, &kernel, None), Err(BootError::Cmdline(2048))));
+        let plan =
+            BootPlan { max_vcpus: 1, memory_end: u64::MAX, cmdline: &long, kernel: &kernel, initramfs: None };
+        assert!(matches!(write_boot_data(&mem, &plan), Err(BootError::Cmdline(2048))));
     }
 }

@@ -6,7 +6,7 @@
 //!  0x8ff0   first stack (downwards)   0xfec0_0000    I/O APIC      0xfee0_0000  local APICs
 //!  0x9000   page tables, three pages  0xfffb_c000    KVM's own pages
 //! 0x2_0000  command line            0x1_0000_0000    the rest of memory (... to here)
-//! 0x9_fc00  MP table, up to 0xa_0000
+//! 0x9_fc00  MP table, up to 0xa_0000            above it   memory that is added while it runs, from a multiple of 2 GiB
 //! ```
 
 pub(super) const DESCRIPTOR_TABLE: u64 = 0x500;
@@ -54,6 +54,15 @@ pub(crate) fn memory_ranges(bytes: u64) -> Vec<(u64, u64)> {
     ranges
 }
 
+/// What Linux may describe memory in at once, at most: what is added begins at a multiple of it.
+const LARGEST_BLOCK: u64 = 2 << 30;
+
+/// Where memory that is added while the machine runs begins, behind the memory at boot and the hole.
+pub(crate) fn hot_memory_start(boot_bytes: u64) -> u64 {
+    let end = memory_ranges(boot_bytes).iter().map(|(start, len)| start + len).max().unwrap_or(0);
+    end.max(HOLE_END).next_multiple_of(LARGEST_BLOCK)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -63,5 +72,7 @@ mod tests {
         assert_eq!(memory_ranges(128 << 20), [(0, 128 << 20)]);
         assert_eq!(memory_ranges(HOLE_START), [(0, HOLE_START)]);
         assert_eq!(memory_ranges(6 << 30), [(0, HOLE_START), (1 << 32, (6 << 30) - HOLE_START)]);
+        assert_eq!(hot_memory_start(128 << 20), 4 << 30);
+        assert_eq!(hot_memory_start(6 << 30), 8 << 30);
     }
 }

@@ -66,6 +66,7 @@ impl Service {
             mem_mib: size.mem_mib,
             netns,
             kernel_args: Vec::new(),
+            namespace: self.publisher.namespace().to_owned(),
         };
         tracing::info!(id, vcpus = size.vcpus, mem_mib = size.mem_mib, "starting the machine");
         let sandbox = Sandbox::start(spec, &parts, self.sink()).await.map_err(status::of_pod)?;

@@ -16,6 +16,7 @@ use tokio::time::timeout;
 use super::hooks::{Hooks, Moment};
 use super::io::{Ends, Input, StdioPaths};
 use super::live::LiveMount;
+use super::logger::Whose;
 use super::mounts::RootMount;
 use super::process::{Inner, Phase, Process, ProcessExit, ProcessStatus, Surroundings, watch_over};
 use super::translate::{self, Translated, Volume};
@@ -123,6 +124,11 @@ impl Sandbox {
         Ok(Reservation { sandbox: self, id: Some(id.to_owned()) })
     }
 
+    /// What the loggers of a process are told; `id` is that of the process, or of the container for its first one.
+    fn whose<'a>(&'a self, id: &'a str) -> Whose<'a> {
+        Whose { id, namespace: &self.namespace, host: &self.host }
+    }
+
     fn around(&self) -> Surroundings {
         Surroundings {
             agent: Arc::clone(&self.agent),
@@ -162,7 +168,7 @@ impl Sandbox {
         }
         let size = translated.size;
         let mut stdio = sized(size);
-        let mut pumps = ends.connect(&self.agent, &mut stdio).await?;
+        let mut pumps = ends.connect(&self.agent, &mut stdio, self.whose(&wish.id)).await?;
         request.stdio = MessageField::some(stdio);
         request.oci_spec = translated.oci;
         let program = program(request.oci_spec.as_slice(), "/process/args/0");
@@ -327,7 +333,7 @@ impl Sandbox {
             (inner.ends.take().unwrap_or_default(), inner.wish.take().unwrap_or_default(), inner.size)
         };
         let mut stdio = sized(size);
-        let mut pumps = ends.connect(&self.agent, &mut stdio).await?;
+        let mut pumps = ends.connect(&self.agent, &mut stdio, self.whose(&process.exec)).await?;
         let request = CreateProcessRequest {
             container_id: container.id.clone(),
             process_id: process.exec.clone(),
@@ -535,6 +541,7 @@ impl Sandbox {
             )));
         }
         if !exec.is_empty() {
+            process.until_logged().await;
             held(&container.processes).remove(exec);
             return Ok(process.exit().unwrap_or(never));
         }
@@ -546,6 +553,7 @@ impl Sandbox {
         let mut exits = process.exits();
         let ended = timeout(scaled_ms(DELETED_MS), exits.wait_for(Option::is_some)).await;
         let exit = ended.ok().and_then(|exit| *exit.ok()?).unwrap_or(never);
+        process.until_logged().await;
         held(&self.containers).remove(id);
         let about = (id, 0, container.bundle.as_path());
         if let Err(error) = container.hooks.run(Moment::Stopped, about, &self.host).await {

@@ -13,13 +13,14 @@
 //! machine live as long as their descriptors. Whoever calls owns the ids and the bundles.
 //!
 //! Files: `live` (what the guest sees of the host's files), `mounts` (rootfs), `translate` (OCI specification of the host to that of
-//! the guest), `netns` (interfaces, TAPs, redirection), `rtnetlink`, `io` (FIFOs), `process`, `container`, `machine`, `hooks`, `error`.
+//! the guest), `netns` (interfaces, TAPs, redirection), `rtnetlink`, `io` (FIFOs and files), `logger`, `process`, `container`, `machine`, `hooks`, `error`.
 
 mod container;
 mod error;
 mod hooks;
 mod io;
 mod live;
+mod logger;
 mod machine;
 mod mounts;
 mod netns;
@@ -79,6 +80,8 @@ pub struct SandboxSpec {
     pub netns: Option<PathBuf>,
     /// More words for the guest kernel's command line.
     pub kernel_args: Vec<String>,
+    /// containerd's namespace, for loggers.
+    pub namespace: String,
 }
 
 /// Something that happened to a container, in order.
@@ -144,6 +147,7 @@ pub struct Sandbox {
     events: EventSink,
     /// Host name of the pod.
     hostname: Mutex<String>,
+    namespace: String,
 }
 
 impl std::fmt::Debug for Sandbox {
@@ -172,6 +176,7 @@ impl Sandbox {
             containers: Mutex::new(BTreeMap::new()),
             events,
             hostname: Mutex::default(),
+            namespace: spec.namespace,
         });
         tokio::spawn(watch_memory(Arc::downgrade(&sandbox)));
         Ok(sandbox)

@@ -17,8 +17,9 @@ use containerd_shim_protos::ttrpc::{Code, Result as TtrpcResult};
 use containerd_shim_protos::types::platform::Platform;
 use hyper_sandbox::Timestamp;
 
-use crate::bundle::{Size, size};
-use crate::service::Service;
+use crate::bundle::pod_size;
+use crate::config::Config;
+use crate::service::{Service, Wish};
 use crate::{encode, status};
 
 /// States that containerd's CRI plugin knows.
@@ -30,15 +31,9 @@ const LOST: u32 = 137;
 /// The service.
 pub(crate) struct SandboxService {
     service: Arc<Service>,
+    /// What was asked for, until it is started.
     wish: Mutex<Option<Wish>>,
     created: Timestamp,
-}
-
-/// What was asked for, until it is started.
-#[derive(Debug, Clone)]
-struct Wish {
-    netns: Option<PathBuf>,
-    size: Size,
 }
 
 impl SandboxService {
@@ -51,14 +46,6 @@ impl SandboxService {
     }
 }
 
-/// The size that a pod's annotations ask for.
-fn wished_size(request: &CreateSandboxRequest) -> Size {
-    let number = |name: &str| request.annotations.get(name).and_then(|text| text.parse::<i64>().ok());
-    let quota = number("io.kubernetes.cri.sandbox-cpu-quota").filter(|quota| *quota > 0);
-    let memory = number("io.kubernetes.cri.sandbox-memory").filter(|bytes| *bytes > 0);
-    size(memory, quota.zip(number("io.kubernetes.cri.sandbox-cpu-period")))
-}
-
 #[async_trait]
 impl Sandbox for SandboxService {
     async fn create_sandbox(
@@ -69,11 +56,14 @@ impl Sandbox for SandboxService {
         if r.netns_path.is_empty() {
             return Err(status::unimplemented("the host's network (hostNetwork)"));
         }
+        let annotations = r.annotations.iter().map(|(name, value)| (name.clone(), value.clone())).collect();
+        let config = Config::load(r.options.as_ref(), &annotations).map_err(status::of_config)?;
+        let size = pod_size(&r.annotations, &config).map_err(status::of_config)?;
         let mut wish = self.wish();
         if wish.is_some() {
             return Err(status::status(Code::ALREADY_EXISTS, "the sandbox: already exists"));
         }
-        *wish = Some(Wish { netns: Some(PathBuf::from(&r.netns_path)), size: wished_size(&r) });
+        *wish = Some(Wish { netns: Some(PathBuf::from(&r.netns_path)), size, config });
         self.service.keep();
         Ok(CreateSandboxResponse::new())
     }
@@ -87,7 +77,7 @@ impl Sandbox for SandboxService {
         let Some(wish) = wish else {
             return Err(status::status(Code::FAILED_PRECONDITION, "the sandbox was not created"));
         };
-        self.service.start(&r.sandbox_id, wish.netns, wish.size).await?;
+        self.service.start(&r.sandbox_id, wish).await?;
         Ok(StartSandboxResponse {
             pid: self.service.pid(),
             created_at: encode::time(self.created),

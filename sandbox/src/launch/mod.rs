@@ -27,7 +27,7 @@ pub(crate) use agent::{Agent, Stream, call, context, rpc_error};
 pub(crate) use control::VmEnd;
 pub(crate) use guest::{Guest, Steps};
 pub(crate) use memory::MemorySizing;
-pub(crate) use plan::{DiskPlan, GuestPlan, NetPlan, SharePlan};
+pub(crate) use plan::{DEFAULT_BOOT_MS, DiskPlan, GuestPlan, NetPlan, SharePlan};
 pub(crate) use unpack::unpack;
 
 /// Compression of a layer.

@@ -15,6 +15,9 @@ use crate::dirs::Parts;
 /// Kernel command line of every guest. The VMM appends its devices. `reboot=k`: the reset that the VMM sees is that of the keyboard
 /// controller; `quiet`: each character on the serial port is an exit to the VMM; no dummy interface beside eth0.
 const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k tsc=reliable no_timer_check random.trust_cpu=on dummy.numdummies=0";
+/// How long a guest may take until its agent serves: it needs a tenth of a second of processor time, which may be a minute on a host
+/// where hundreds start at once. A guest that has died is noticed at once.
+pub(crate) const DEFAULT_BOOT_MS: u64 = 60_000;
 /// The first context id that is not reserved. Guests cannot see each other, so all have the same.
 const GUEST_CID: u32 = 3;
 
@@ -34,6 +37,8 @@ pub(crate) struct GuestPlan {
     pub(crate) shares: Vec<SharePlan>,
     /// More words for the kernel's command line.
     pub(crate) kernel_args: Vec<String>,
+    /// How long the guest may take until its agent serves.
+    pub(crate) boot_ms: u64,
 }
 
 /// A disk.
@@ -165,6 +170,7 @@ mod tests {
             nets: vec![NetPlan { tap: null(), mac: [2, 0, 0, 0, 0, 1], mtu: 1500 }],
             shares: Vec::new(),
             kernel_args: vec!["loglevel=7".into()],
+            boot_ms: DEFAULT_BOOT_MS,
         }
     }
 

@@ -11,7 +11,7 @@ use super::live::LiveShare;
 use super::netns::PodNetwork;
 use super::{PodError, SandboxSpec, until_ended};
 use crate::dirs::{Dirs, Parts};
-use crate::launch::{Agent, Guest, GuestPlan, MemorySizing, Steps, scaled_ms};
+use crate::launch::{Agent, DEFAULT_BOOT_MS, Guest, GuestPlan, MemorySizing, Steps, scaled_ms};
 
 /// How long an orderly end may take before the caller no longer waits; the machine is ended by force soon after.
 const STOP_MS: u64 = 30_000;
@@ -53,6 +53,7 @@ impl Machine {
             nets,
             shares: vec![live.plan()],
             kernel_args: spec.kernel_args.clone(),
+            boot_ms: spec.boot_timeout_ms.map_or(DEFAULT_BOOT_MS, u64::from),
         };
         let guest = Guest::start(plan, parts, &mut Steps::begin()).await?;
         let configure = ConfigureRequest { hostname: spec.hostname.clone(), ..Default::default() };

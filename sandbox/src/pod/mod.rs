@@ -82,6 +82,8 @@ pub struct SandboxSpec {
     pub kernel_args: Vec<String>,
     /// containerd's namespace, for loggers.
     pub namespace: String,
+    /// How long the guest may take until its agent serves, ms; `None`: the usual minute.
+    pub boot_timeout_ms: Option<u32>,
 }
 
 /// Something that happened to a container, in order.

@@ -22,6 +22,8 @@ use crate::{cgroup, log};
 
 /// Most containers in one sandbox.
 const MAX_CONTAINERS: usize = 256;
+/// Most file systems of shared memory in one sandbox: a pod has one.
+const MAX_SHARED_MEMORY: usize = 16;
 /// Longest id, bytes.
 const MAX_ID_BYTES: usize = 64;
 
@@ -36,6 +38,8 @@ pub(crate) struct Sandbox {
     prepared: AtomicBool,
     /// Tags of the shares that are mounted.
     shares: tokio::sync::Mutex<BTreeSet<String>>,
+    /// Names of the shared memory that is mounted.
+    memory: tokio::sync::Mutex<BTreeSet<String>>,
     /// Rung when the machine is to end.
     pub end: Notify,
 }
@@ -134,6 +138,26 @@ impl Sandbox {
         let work = tokio::task::spawn_blocking(move || rootfs::mount_shares(&have, &wanted));
         let new = work.await.map_err(|_| AgentError::state("the thread that mounts shares is gone"))??;
         mounted.extend(new);
+        Ok(())
+    }
+
+    /// Mounts memory that containers have in common, each once, for their namespaces to inherit. It stays as long as the sandbox: a
+    /// container that is made again finds what it left.
+    ///
+    /// # Errors
+    /// Too many, or what the kernel answers.
+    pub(crate) async fn mount_memory(&self, wanted: Vec<(String, u64)>) -> Result<(), AgentError> {
+        let mut mounted = self.memory.lock().await;
+        for (name, size_bytes) in wanted {
+            if mounted.contains(&name) {
+                continue;
+            }
+            if mounted.len() >= MAX_SHARED_MEMORY {
+                return Err(AgentError::limit("shared memory of the sandbox", MAX_SHARED_MEMORY));
+            }
+            rootfs::mount_memory(&name, size_bytes)?;
+            mounted.insert(name);
+        }
         Ok(())
     }
 

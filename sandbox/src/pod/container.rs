@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use hyper_protocol::rpc::agent::{
     ContainerRef, CreateContainerRequest, CreateProcessRequest, Mount, ProcessRef, ResizeTerminalRequest,
-    Rootfs, SignalProcessRequest, Stdio, UpdateContainerRequest, mount,
+    Rootfs, SharedMemorySource, SignalProcessRequest, Stdio, UpdateContainerRequest, mount,
 };
 use protobuf::MessageField;
 use serde_json::Value;
@@ -166,6 +166,11 @@ impl Sandbox {
         {
             request.pid_namespace_of = other;
         }
+        if let Some(other) = translated.ipc_namespace_of.filter(|other| *other != wish.id)
+            && held(&self.containers).contains_key(&other)
+        {
+            request.ipc_namespace_of = other;
+        }
         let size = translated.size;
         let mut stdio = sized(size);
         let mut pumps = ends.connect(&self.agent, &mut stdio, self.whose(&wish.id)).await?;
@@ -218,6 +223,11 @@ impl Sandbox {
             let (source, destination, read_only) = match volume {
                 Volume::Memory { source, destination, read_only } => {
                     (source.clone(), destination, *read_only)
+                }
+                Volume::Shared { source, size_bytes, destination, read_only } => {
+                    let name = self.live.memory_name(source);
+                    let shared = SharedMemorySource { name, size_bytes: *size_bytes, ..Default::default() };
+                    (mount::Source::SharedMemory(shared), destination, *read_only)
                 }
                 Volume::Bind { source, destination, read_only } => {
                     let bound = self.live.bind(source, *read_only)?;

@@ -167,6 +167,21 @@ pub(crate) fn die_with_parent(command: &mut tokio::process::Command) {
     }
 }
 
+/// Makes the child enter control groups before it is another program; `entrances` are their open `cgroup.procs`.
+pub(crate) fn enter_cgroups(command: &mut tokio::process::Command, entrances: Vec<OwnedFd>) {
+    let in_child = move || -> io::Result<()> {
+        // 0 is whoever writes it.
+        entrances
+            .iter()
+            .try_for_each(|procs| rustix::io::write(procs, b"0").map(drop).map_err(io::Error::from))
+    };
+    // SAFETY: the closure runs between fork and exec: it makes system calls and touches only its captured descriptors; it allocates
+    // nothing and takes no lock.
+    unsafe {
+        command.pre_exec(in_child);
+    }
+}
+
 /// Descriptors of a child after its three standard ones.
 const FIRST_GIVEN: libc::c_int = 3;
 

@@ -70,6 +70,11 @@ impl Bundle {
         Some(path.into())
     }
 
+    /// The control group of the host that it names.
+    pub(crate) fn cgroup(&self) -> &str {
+        self.spec.pointer("/linux/cgroupsPath").and_then(Value::as_str).unwrap_or_default()
+    }
+
     /// All annotations.
     pub(crate) fn annotations(&self) -> BTreeMap<String, String> {
         let all = self.spec.get("annotations").and_then(Value::as_object).into_iter().flatten();

@@ -22,6 +22,8 @@ use crate::{encode, status};
 #[derive(Debug, Clone)]
 pub(crate) struct Wish {
     pub(crate) netns: Option<PathBuf>,
+    /// Of the host; empty: the shim's.
+    pub(crate) cgroup: String,
     pub(crate) size: Size,
     pub(crate) config: Config,
 }
@@ -59,7 +61,8 @@ impl Service {
     ) -> ttrpc::Result<Arc<Sandbox>> {
         let config = Config::load(options, &bundle.annotations()).map_err(status::of_config)?;
         let size = bundle.size(&config).map_err(status::of_config)?;
-        self.start(id, Wish { netns: bundle.netns(), size, config }).await
+        let cgroup = bundle.cgroup().to_owned();
+        self.start(id, Wish { netns: bundle.netns(), cgroup, size, config }).await
     }
 
     /// The sandbox, started if it is not there.
@@ -68,7 +71,7 @@ impl Service {
         if let Some(sandbox) = place.as_ref() {
             return Ok(Arc::clone(sandbox));
         }
-        let Wish { netns, size, config } = wish;
+        let Wish { netns, cgroup, size, config } = wish;
         let mut parts = Parts::locate().map_err(|error| status::of_pod(error.into()))?;
         parts.kernel = config.kernel.unwrap_or(parts.kernel);
         parts.initramfs = config.initramfs.unwrap_or(parts.initramfs);
@@ -86,6 +89,7 @@ impl Service {
             kernel_args: Vec::new(),
             namespace: self.publisher.namespace().to_owned(),
             boot_timeout_ms: config.boot_timeout_ms,
+            cgroup,
         };
         tracing::info!(id, vcpus = size.vcpus, mem_mib = size.mem_mib, "starting the machine");
         let sandbox = Sandbox::start(spec, &parts, self.sink()).await.map_err(status::of_pod)?;

@@ -77,10 +77,15 @@ pub(crate) struct Guest {
 
 impl Guest {
     /// Starts a machine and waits until its agent serves.
-    pub(crate) async fn start(plan: GuestPlan, parts: &Parts, steps: &mut Steps) -> Result<Self, VmError> {
+    pub(crate) async fn start(
+        mut plan: GuestPlan,
+        parts: &Parts,
+        steps: &mut Steps,
+    ) -> Result<Self, VmError> {
         let descriptor = |what| move |source: io::Error| VmError::Descriptor { what, source };
         let (run_dir, log_dir) = (plan.run_dir.clone(), plan.log_dir.clone());
         let limit = scaled_ms(plan.boot_ms);
+        let cgroups = std::mem::take(&mut plan.cgroups);
         let bell = UnixListener::bind(port_path(&run_dir, DOORBELL_PORT))
             .map_err(descriptor("the doorbell's socket"))?;
         let mut logs = Vec::new();
@@ -93,7 +98,7 @@ impl Guest {
 
         let (mut file_server, mut share) = (None, None);
         if !plan.shares.is_empty() {
-            let (server, log, socket) = FileServer::start(parts, &plan.shares, &run_dir, &log_dir)?;
+            let (server, log, socket) = FileServer::start(parts, &plan.shares, &run_dir, &log_dir, &cgroups)?;
             logs.push(log);
             file_server = Some(server);
             share = Some(socket);
@@ -101,7 +106,7 @@ impl Guest {
         }
         let assembled = assemble(plan, parts, console_in, share)?;
         let (control, far) = control::pair().map_err(descriptor("the control socket"))?;
-        let (vmm, log) = spawn("hyper-vmm", &parts.vmm, &[], far, &log_dir.join("vmm.log"))?;
+        let (vmm, log) = spawn("hyper-vmm", &parts.vmm, &[], far, &log_dir.join("vmm.log"), &cgroups)?;
         logs.push(log);
         steps.done("vmm-spawned");
         let boot = Request::Boot { spec: assembled.spec.clone() };

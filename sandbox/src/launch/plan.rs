@@ -39,6 +39,8 @@ pub(crate) struct GuestPlan {
     pub(crate) kernel_args: Vec<String>,
     /// How long the guest may take until its agent serves.
     pub(crate) boot_ms: u64,
+    /// Open `cgroup.procs` of the control groups that VMM and file server run in; none: those of this process.
+    pub(crate) cgroups: Vec<OwnedFd>,
 }
 
 /// A disk.
@@ -171,6 +173,7 @@ mod tests {
             shares: Vec::new(),
             kernel_args: vec!["loglevel=7".into()],
             boot_ms: DEFAULT_BOOT_MS,
+            cgroups: Vec::new(),
         }
     }
 

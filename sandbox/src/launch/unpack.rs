@@ -83,6 +83,7 @@ pub(crate) async fn unpack(
         shares: Vec::new(),
         kernel_args: Vec::new(),
         boot_ms: DEFAULT_BOOT_MS,
+        cgroups: Vec::new(),
     };
     let mut steps = Steps::begin();
     let guest = Guest::start(plan, home.parts(), &mut steps).await?;

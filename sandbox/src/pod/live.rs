@@ -58,6 +58,7 @@ impl Drop for RunDir {
 /// Removes a run directory that nobody uses any more; it is no error if it is not there.
 pub fn clean(run_dir: &Path) {
     let Ok(entries) = std::fs::read_dir(run_dir) else { return };
+    super::cgroup::clean(run_dir);
     for entry in entries.flatten() {
         let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
         let path = entry.path();

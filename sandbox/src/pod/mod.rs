@@ -13,8 +13,9 @@
 //! machine live as long as their descriptors. Whoever calls owns the ids and the bundles.
 //!
 //! Files: `live` (what the guest sees of the host's files), `mounts` (rootfs), `translate` (OCI specification of the host to that of
-//! the guest), `netns` (interfaces, TAPs, redirection), `rtnetlink`, `io` (FIFOs and files), `logger`, `process`, `container`, `machine`, `hooks`, `error`.
+//! the guest), `netns` (interfaces, TAPs, redirection), `rtnetlink`, `io` (FIFOs and files), `logger`, `process`, `container`, `cgroup` (the host's), `machine`, `hooks`, `error`.
 
+mod cgroup;
 mod container;
 mod error;
 mod hooks;
@@ -80,6 +81,8 @@ pub struct SandboxSpec {
     pub netns: Option<PathBuf>,
     /// More words for the guest kernel's command line.
     pub kernel_args: Vec<String>,
+    /// Control group of the host that VMM and file server are counted in, as `linux.cgroupsPath` has it; empty: that of this process.
+    pub cgroup: String,
     /// containerd's namespace, for loggers.
     pub namespace: String,
     /// How long the guest may take until its agent serves, ms; `None`: the usual minute.

@@ -83,6 +83,7 @@ pub(super) async fn machine(
         shares,
         kernel_args: config.kernel_args.clone(),
         boot_ms: DEFAULT_BOOT_MS,
+        cgroups: Vec::new(),
     };
     let guest = Guest::start(plan, home.parts(), steps).await?;
     let configured = guest.configure(configure(config, id, link.as_ref())).await?;

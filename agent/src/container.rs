@@ -66,7 +66,7 @@ impl Container {
         reaper: &Reaper,
         mut plan: CreatePlan,
         connections: Connections,
-        (cgroup, pid_namespace): (Cgroup, Option<&Self>),
+        (cgroup, pid_namespace, ipc_namespace): (Cgroup, Option<&Self>, Option<&Self>),
     ) -> Result<Arc<Self>, AgentError> {
         let template = Template {
             capabilities: plan.process.capabilities.clone(),
@@ -77,8 +77,14 @@ impl Container {
         };
         let terminal = plan.process.terminal.is_some();
         let (connections, stdio, ends) = split(connections, terminal)?;
-        let join: Vec<_> = pid_namespace.iter().map(|other| other.pidfd.as_fd()).collect();
-        plan.pid_namespace = join.first().map_or(-1, AsRawFd::as_raw_fd);
+        // Each is handed over by a descriptor of its own, which the child takes.
+        let duplicate =
+            |other: &Self| other.pidfd.try_clone().tried(|| "duplicate a container's pidfd".to_owned());
+        let pids = pid_namespace.map(duplicate).transpose()?;
+        let ipc = ipc_namespace.map(duplicate).transpose()?;
+        plan.pid_namespace = pids.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+        plan.ipc_namespace = ipc.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+        let join: Vec<_> = pids.iter().chain(&ipc).map(AsFd::as_fd).collect();
         let spawned = Spawned::start(reaper, &Plan::Create(Box::new(plan)), stdio, &join).await?;
         let created = spawned.created(reaper).await?;
         let (pidfd, mount_namespace, root) = handles(created.pid)?;

@@ -50,6 +50,8 @@ pub(crate) struct CreatePlan {
     pub domainname: String,
     /// Inherited descriptor: pidfd of the process whose pid namespace is joined; -1: a new one.
     pub pid_namespace: i32,
+    /// Inherited descriptor: pidfd of the process whose IPC namespace is joined; -1: a new one.
+    pub ipc_namespace: i32,
     /// Tag and path of the share that is the root, instead of the disks.
     pub root_share: Option<(String, String)>,
     /// The disks that the root is put together from, instead of those below.
@@ -164,6 +166,8 @@ pub(crate) enum VolumeSource {
     Share { tag: String, path: String },
     /// Memory.
     Tmpfs { size_bytes: u64, mode: u32, noexec: bool },
+    /// Memory that containers have in common, by its name.
+    Shared { name: String, size_bytes: u64 },
 }
 
 /// A file to put into the container.

@@ -26,6 +26,8 @@ const MAX_GROUPS: usize = 1024;
 const MAX_USER_BYTES: usize = 256;
 /// Longest tag of a virtio-fs share, bytes.
 const MAX_TAG_BYTES: usize = 36;
+/// Longest name of shared memory, bytes.
+const MAX_SHARED_NAME_BYTES: usize = 32;
 
 /// The wish for a terminal, with its size.
 ///
@@ -105,6 +107,7 @@ pub(crate) fn create_plan(
         hostname: spec.hostname,
         domainname: spec.domainname,
         pid_namespace: -1,
+        ipc_namespace: -1,
         root_share,
         root_disks,
         image_disk: request.rootfs.image_disk.clone(),
@@ -134,16 +137,29 @@ pub(crate) fn create_plan(
 pub(crate) fn shares(plan: &CreatePlan) -> Vec<(String, String)> {
     let volumes = plan.volumes.iter().filter_map(|volume| match &volume.source {
         VolumeSource::Share { tag, path } => Some((tag.clone(), path.clone())),
-        VolumeSource::Tmpfs { .. } => None,
+        VolumeSource::Tmpfs { .. } | VolumeSource::Shared { .. } => None,
     });
     plan.root_share.iter().cloned().chain(volumes).collect()
 }
 
+/// Names and sizes of all memory that a plan has in common with other containers.
+pub(crate) fn shared_memory(plan: &CreatePlan) -> Vec<(String, u64)> {
+    let shared = plan.volumes.iter().filter_map(|volume| match &volume.source {
+        VolumeSource::Shared { name, size_bytes } => Some((name.clone(), *size_bytes)),
+        VolumeSource::Share { .. } | VolumeSource::Tmpfs { .. } => None,
+    });
+    shared.collect()
+}
+
+/// Whether it can be the name of a folder.
+fn is_plain(name: &str, most_bytes: usize) -> bool {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_');
+    !name.is_empty() && name.len() <= most_bytes && name.bytes().all(plain)
+}
+
 /// Tag and path, checked.
 fn share(share: ShareSource) -> Result<(String, String), AgentError> {
-    // It becomes the name of a folder.
-    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_');
-    if share.tag.is_empty() || share.tag.len() > MAX_TAG_BYTES || !share.tag.bytes().all(plain) {
+    if !is_plain(&share.tag, MAX_TAG_BYTES) {
         return Err(AgentError::invalid(format!("share tag {:?}", share.tag)));
     }
     absolute("path of a share", &format!("/{}", share.path))?;
@@ -159,6 +175,12 @@ fn volume(mount: Mount) -> Result<Volume, AgentError> {
         }
         Some(mount::Source::Tmpfs(tmpfs)) => {
             VolumeSource::Tmpfs { size_bytes: tmpfs.size_bytes, mode: tmpfs.mode, noexec: tmpfs.noexec }
+        }
+        Some(mount::Source::SharedMemory(memory)) => {
+            if !is_plain(&memory.name, MAX_SHARED_NAME_BYTES) {
+                return Err(AgentError::invalid(format!("name {:?} of shared memory", memory.name)));
+            }
+            VolumeSource::Shared { name: memory.name, size_bytes: memory.size_bytes }
         }
         Some(_) | None => {
             return Err(AgentError::invalid(format!("mount at {} has no source", mount.destination)));
@@ -216,7 +238,7 @@ pub(crate) fn process_plan(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use hyper_protocol::rpc::agent::TmpfsSource;
+    use hyper_protocol::rpc::agent::{SharedMemorySource, TmpfsSource};
 
     #[test]
     fn a_terminal_has_one_output() {
@@ -242,6 +264,18 @@ mod tests {
         assert!(volume(share("../x", "0")).is_err());
         assert!(volume(share("hyper", "a\0")).is_err());
         assert!(volume(Mount { destination: "/x".to_owned(), ..Mount::default() }).is_err());
+        let shared = |name: &str| Mount {
+            destination: "/dev/shm".to_owned(),
+            source: Some(mount::Source::SharedMemory(SharedMemorySource {
+                name: name.to_owned(),
+                ..SharedMemorySource::default()
+            })),
+            ..Mount::default()
+        };
+        assert!(volume(shared("shm-0")).is_ok());
+        for wrong in ["", "..", "a/b", &"x".repeat(33)] {
+            assert!(volume(shared(wrong)).is_err(), "{wrong:?}");
+        }
         let tmpfs = Some(mount::Source::Tmpfs(TmpfsSource::default()));
         assert!(volume(Mount { destination: "x".to_owned(), source: tmpfs, ..Mount::default() }).is_err());
     }

@@ -23,6 +23,8 @@ use crate::{bays, cgroup, log};
 
 /// Most containers in one sandbox.
 const MAX_CONTAINERS: usize = 256;
+/// Most file systems of shared memory in one sandbox: a pod has one.
+const MAX_SHARED_MEMORY: usize = 16;
 /// Longest id, bytes.
 const MAX_ID_BYTES: usize = 64;
 
@@ -40,6 +42,8 @@ pub(crate) struct Sandbox {
     shares: tokio::sync::Mutex<BTreeSet<String>>,
     /// Disks that came while it ran.
     pub disks: bays::Table,
+    /// Names of the shared memory that is mounted.
+    memory: tokio::sync::Mutex<BTreeSet<String>>,
     /// Rung when the machine is to end.
     pub end: Notify,
 }
@@ -138,6 +142,26 @@ impl Sandbox {
         let work = tokio::task::spawn_blocking(move || rootfs::mount_shares(&have, &wanted));
         let new = work.await.map_err(|_| AgentError::state("the thread that mounts shares is gone"))??;
         mounted.extend(new);
+        Ok(())
+    }
+
+    /// Mounts memory that containers have in common, each once, for their namespaces to inherit. It stays as long as the sandbox: a
+    /// container that is made again finds what it left.
+    ///
+    /// # Errors
+    /// Too many, or what the kernel answers.
+    pub(crate) async fn mount_memory(&self, wanted: Vec<(String, u64)>) -> Result<(), AgentError> {
+        let mut mounted = self.memory.lock().await;
+        for (name, size_bytes) in wanted {
+            if mounted.contains(&name) {
+                continue;
+            }
+            if mounted.len() >= MAX_SHARED_MEMORY {
+                return Err(AgentError::limit("shared memory of the sandbox", MAX_SHARED_MEMORY));
+            }
+            rootfs::mount_memory(&name, size_bytes)?;
+            mounted.insert(name);
+        }
         Ok(())
     }
 

@@ -125,10 +125,15 @@ impl AgentService {
             "" => None,
             other => Some(self.sandbox.container(other)?),
         };
+        let shared_ipc = match request.ipc_namespace_of.as_str() {
+            "" => None,
+            other => Some(self.sandbox.container(other)?),
+        };
         let plan = request::create_plan(request, spec, &cgroup)?;
         self.sandbox.mount_shares(request::shares(&plan)).await?;
+        self.sandbox.mount_memory(request::shared_memory(&plan)).await?;
         let connections = Connections::claim(&self.sandbox.streams, ids).await?;
-        let surroundings = (cgroup, shared_pids.as_deref());
+        let surroundings = (cgroup, shared_pids.as_deref(), shared_ipc.as_deref());
         let container = Container::create(&id, &self.sandbox.reaper, plan, connections, surroundings).await?;
         // Only now: until here its first process has opened disks, which the program to come must not.
         container.cgroup().allow_devices(&devices)?;

@@ -1,13 +1,14 @@
-//! What has no safe wrapper: TAP and bridge ioctls, attributes of mounts, and the parent-death signal of a child.
-// UNSAFETY: ioctl, syscall and pre_exec are unsafe by signature; all are called with plain values only.
+//! What has no safe wrapper: TAP and bridge ioctls, attributes of mounts, and what a child does before it is another program.
+// UNSAFETY: ioctl, syscall, dup2 and pre_exec are unsafe by signature; all are called with plain values only.
 #![expect(
     unsafe_code,
-    reason = "TUNSETIFF, TUNSETOFFLOAD, bridge ioctls, mount_setattr and pre_exec have no safe wrapper in rustix or std"
+    reason = "TUNSETIFF, TUNSETOFFLOAD, bridge ioctls, mount_setattr, dup2 and pre_exec have no safe wrapper in rustix or std"
 )]
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
+use rustix::io::fcntl_dupfd_cloexec;
 use rustix::process::{Pid, Signal, getpid, getppid, set_parent_process_death_signal};
 
 /// Makes a bridge (linux/sockios.h; not in libc for Linux).
@@ -160,6 +161,46 @@ pub(crate) fn die_with_parent(command: &mut tokio::process::Command) {
         Ok(())
     };
     // SAFETY: the closure runs between fork and exec: it makes two system calls and touches only its captured integer; it neither
+    // allocates nor takes a lock.
+    unsafe {
+        command.pre_exec(in_child);
+    }
+}
+
+/// Makes the child enter control groups before it is another program; `entrances` are their open `cgroup.procs`.
+pub(crate) fn enter_cgroups(command: &mut tokio::process::Command, entrances: Vec<OwnedFd>) {
+    let in_child = move || -> io::Result<()> {
+        // 0 is whoever writes it.
+        entrances
+            .iter()
+            .try_for_each(|procs| rustix::io::write(procs, b"0").map(drop).map_err(io::Error::from))
+    };
+    // SAFETY: the closure runs between fork and exec: it makes system calls and touches only its captured descriptors; it allocates
+    // nothing and takes no lock.
+    unsafe {
+        command.pre_exec(in_child);
+    }
+}
+
+/// Descriptors of a child after its three standard ones.
+const FIRST_GIVEN: libc::c_int = 3;
+
+/// Makes `given` the descriptors 3, 4 and 5 of the child.
+pub(crate) fn give_descriptors(command: &mut tokio::process::Command, given: [OwnedFd; 3]) {
+    let in_child = move || -> io::Result<()> {
+        // Out of each other's way first.
+        let [a, b, c] = [&given[0], &given[1], &given[2]].map(|fd| fcntl_dupfd_cloexec(fd, FIRST_GIVEN + 3));
+        for (number, fd) in (FIRST_GIVEN..).zip([a?, b?, c?]) {
+            // SAFETY: both are plain numbers: `fd` is open, and `number` is 3 to 5, which belongs to no owner in this process: it is the
+            // child, whose own descriptors all lie above (the parent holds `given` and the far ends of three pipes, so that 3 to 5 were
+            // taken when what the standard library needs for the start was opened) and which goes on to exec.
+            if unsafe { libc::dup2(fd.as_raw_fd(), number) } < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: the closure runs between fork and exec: it makes system calls and touches only its captured descriptors; it neither
     // allocates nor takes a lock.
     unsafe {
         command.pre_exec(in_child);

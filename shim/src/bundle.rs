@@ -1,10 +1,13 @@
 //! What the shim itself wants to know of a bundle: its pod, and how large the machine must be.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
+
+use crate::config::{Config, ConfigError, Size};
 
 /// Largest `config.json`, bytes: what the guest takes.
 const MAX_CONFIG_BYTES: u64 = 1 << 20;
@@ -14,11 +17,8 @@ const SANDBOX_IDS: [&str; 2] = ["io.kubernetes.cri.sandbox-id", "io.kubernetes.c
 const POD_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 const POD_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
 const POD_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
-/// Most vCPUs of a machine.
-const MAX_VCPUS: u64 = 32;
-/// Most memory of a machine, MiB (1 TiB less what the guest's kernel needs).
-const MAX_MEM_MIB: u64 = 1_000_000;
-
+/// Memory beside that of the containers, for what the guest itself needs, MiB.
+const GUEST_MIB: u64 = hyper_sandbox::pod::GUEST_MIB as u64;
 /// Why a bundle cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BundleError {
@@ -35,13 +35,6 @@ pub(crate) enum BundleError {
 pub(crate) struct Bundle {
     pub(crate) json: Vec<u8>,
     spec: Value,
-}
-
-/// How large a machine is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Size {
-    pub(crate) vcpus: u8,
-    pub(crate) mem_mib: u32,
 }
 
 impl Bundle {
@@ -77,33 +70,45 @@ impl Bundle {
         Some(path.into())
     }
 
+    /// The control group of the host that it names.
+    pub(crate) fn cgroup(&self) -> &str {
+        self.spec.pointer("/linux/cgroupsPath").and_then(Value::as_str).unwrap_or_default()
+    }
+
+    /// All annotations.
+    pub(crate) fn annotations(&self) -> BTreeMap<String, String> {
+        let all = self.spec.get("annotations").and_then(Value::as_object).into_iter().flatten();
+        all.filter_map(|(name, value)| Some((name.clone(), value.as_str()?.to_owned()))).collect()
+    }
+
     /// The size that it asks for, or its pod does.
-    pub(crate) fn size(&self) -> Size {
+    pub(crate) fn size(&self, config: &Config) -> Result<Size, ConfigError> {
         let number = |pointer: &str| self.spec.pointer(pointer).and_then(Value::as_i64);
-        let pod = |name: &str| self.annotation(name).and_then(|text| text.parse::<i64>().ok());
-        let memory =
-            pod(POD_MEMORY).filter(|bytes| *bytes > 0).or_else(|| number("/linux/resources/memory/limit"));
-        let quota = pod(POD_QUOTA).filter(|quota| *quota > 0);
-        let quota = quota
-            .zip(pod(POD_PERIOD))
-            .or_else(|| number("/linux/resources/cpu/quota").zip(number("/linux/resources/cpu/period")));
-        size(memory, quota)
+        let (memory, quota) = pod_limits(&|name| self.annotation(name));
+        let memory = memory.or_else(|| number("/linux/resources/memory/limit"));
+        let quota =
+            quota.or_else(|| number("/linux/resources/cpu/quota").zip(number("/linux/resources/cpu/period")));
+        config.size(memory, quota, GUEST_MIB)
     }
 }
 
-/// A size for a limit in bytes and a quota with its period; what is not limited gets the default.
-pub(crate) fn size(memory: Option<i64>, quota: Option<(i64, i64)>) -> Size {
-    let memory = memory.and_then(|bytes| u64::try_from(bytes).ok()).filter(|bytes| *bytes > 0);
-    let mem_mib = memory.map_or(u64::from(hyper_sandbox::DEFAULT_MEM_MIB), |bytes| {
-        (bytes.div_ceil(1 << 20)).saturating_add(u64::from(hyper_sandbox::pod::GUEST_MIB))
-    });
-    let quota = quota.and_then(|(quota, period)| u64::try_from(quota).ok().zip(u64::try_from(period).ok()));
-    let vcpus = quota.filter(|(_, period)| *period > 0).map_or(1, |(quota, period)| quota.div_ceil(period));
-    Size {
-        vcpus: u8::try_from(vcpus.clamp(1, MAX_VCPUS)).unwrap_or(1),
-        mem_mib: u32::try_from(mem_mib.clamp(u64::from(hyper_sandbox::LEAST_MEM_MIB), MAX_MEM_MIB))
-            .unwrap_or(hyper_sandbox::DEFAULT_MEM_MIB),
-    }
+/// The size that a pod's annotations ask for.
+pub(crate) fn pod_size(
+    annotations: &std::collections::HashMap<String, String>,
+    config: &Config,
+) -> Result<Size, ConfigError> {
+    let (memory, quota) = pod_limits(&|name| annotations.get(name).map(String::as_str));
+    config.size(memory, quota, GUEST_MIB)
+}
+
+type Limits = (Option<i64>, Option<(i64, i64)>);
+
+/// Memory, bytes, and quota with period of a pod.
+fn pod_limits<'a>(annotation: &dyn Fn(&str) -> Option<&'a str>) -> Limits {
+    let number = |name: &str| annotation(name).and_then(|text| text.parse::<i64>().ok());
+    let memory = number(POD_MEMORY).filter(|bytes| *bytes > 0);
+    let quota = number(POD_QUOTA).filter(|quota| *quota > 0);
+    (memory, quota.zip(number(POD_PERIOD)))
 }
 
 #[cfg(test)]
@@ -127,18 +132,16 @@ mod tests {
 
     #[test]
     fn machines_are_as_large_as_what_runs_in_them() {
-        let default = Size { vcpus: 1, mem_mib: hyper_sandbox::DEFAULT_MEM_MIB };
-        assert_eq!(bundle("{}").size(), default);
+        let size = |json: &str| bundle(json).size(&Config::default()).unwrap();
         let json = r#"{"linux":{"resources":{"memory":{"limit":268435456},"cpu":{"quota":150000,"period":100000}}}}"#;
-        assert_eq!(bundle(json).size(), Size { vcpus: 2, mem_mib: 256 + 64 });
-        let pod = bundle(
-            r#"{"annotations":{"io.kubernetes.cri.sandbox-memory":"1073741824",
-                "io.kubernetes.cri.sandbox-cpu-quota":"300000","io.kubernetes.cri.sandbox-cpu-period":"100000"}}"#,
-        );
-        assert_eq!(pod.size(), Size { vcpus: 3, mem_mib: 1024 + 64 });
-        assert_eq!(size(Some(-1), Some((-1, 100_000))), default);
-        let most = size(Some(i64::MAX), Some((i64::MAX, 1)));
-        assert_eq!((most.vcpus, most.mem_mib), (32, 1_000_000));
+        assert_eq!(size(json), Size { vcpus: 2, mem_mib: 256 + 64 });
+        let json = r#"{"annotations":{"io.kubernetes.cri.sandbox-memory":"1073741824",
+            "io.kubernetes.cri.sandbox-cpu-quota":"300000","io.kubernetes.cri.sandbox-cpu-period":"100000"}}"#;
+        let pod = Size { vcpus: 3, mem_mib: 1024 + 64 };
+        assert_eq!(size(json), pod);
+        let annotations = bundle(json).annotations();
+        assert_eq!(annotations.len(), 3);
+        assert_eq!(pod_size(&annotations.into_iter().collect(), &Config::default()).unwrap(), pod);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
@@ -37,6 +37,16 @@ impl<'a> MakeWriter<'a> for Lossy {
     }
 }
 
+/// What changes the filter of the log; not set when `HYPER_LOG` rules.
+static RELOAD: OnceLock<Box<dyn Fn(EnvFilter) + Send + Sync>> = OnceLock::new();
+
+/// Logs what is of this level and above from now on, unless `HYPER_LOG` says what is logged.
+pub(crate) fn set_level(level: &str) {
+    if let (Some(reload), Ok(filter)) = (RELOAD.get(), EnvFilter::try_new(level)) {
+        reload(filter);
+    }
+}
+
 /// Logs to the bundle's FIFO from now on, if there is one. Both directions: containerd may come and go.
 pub(crate) fn start(bundle: &Path, debug: bool, id: &str) {
     let mut options = OpenOptions::new();
@@ -45,12 +55,19 @@ pub(crate) fn start(bundle: &Path, debug: bool, id: &str) {
         return;
     };
     let level = if debug { "debug" } else { "info" };
-    let filter = EnvFilter::try_from_env("HYPER_LOG").unwrap_or_else(|_| EnvFilter::new(level));
-    let subscriber = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let own = EnvFilter::try_from_env("HYPER_LOG").ok();
+    let is_own = own.is_some();
+    let builder = tracing_subscriber::fmt()
         .with_ansi(false)
         .with_writer(Lossy(Mutex::new(fifo)))
-        .finish();
+        .with_env_filter(own.unwrap_or_else(|| EnvFilter::new(level)))
+        .with_filter_reloading();
+    let handle = builder.reload_handle();
+    if !is_own {
+        // There is one log in a process.
+        let _ = RELOAD.set(Box::new(move |filter| drop(handle.reload(filter))));
+    }
+    let subscriber = builder.finish();
     // Only the first subscriber of a process counts, and this is it.
     drop(tracing::subscriber::set_global_default(subscriber));
     tracing::debug!(id, "the shim's log begins");

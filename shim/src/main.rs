@@ -9,10 +9,11 @@
 //! The shim decodes, calls the sandbox, encodes and publishes; what a container is, `hyper_sandbox::pod` knows. One thread: the machine and
 //! the network namespace belong to it.
 //!
-//! Files: `start`, `delete` and `info` (short-lived), `serve` (the long one), `service` (what the services share), `task`,
-//! `sandbox`, `publish` (events), `bundle` (config.json), `encode` (messages), `status` (gRPC codes), `log`.
+//! Files: `start`, `delete` and `info` (short-lived), `serve` (the long one), `service` (what the services share), `task`, `sandbox`,
+//! `publish` (events), `bundle` (config.json), `config` (the operator's), `encode` (messages), `status` (gRPC codes), `log`.
 
 mod bundle;
+mod config;
 mod delete;
 mod encode;
 mod info;

@@ -55,6 +55,11 @@ impl Publisher {
         (publisher, Delivery { task, pending })
     }
 
+    /// containerd's namespace.
+    pub(crate) fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
     /// Puts an event into the queue.
     pub(crate) fn publish<M: MessageFull>(&self, topic: &str, event: &M) {
         let event = match encode::any(event) {

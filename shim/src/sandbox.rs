@@ -17,8 +17,9 @@ use containerd_shim_protos::ttrpc::{Code, Result as TtrpcResult};
 use containerd_shim_protos::types::platform::Platform;
 use hyper_sandbox::Timestamp;
 
-use crate::bundle::{Size, size};
-use crate::service::Service;
+use crate::bundle::pod_size;
+use crate::config::Config;
+use crate::service::{Service, Wish};
 use crate::{encode, status};
 
 /// States that containerd's CRI plugin knows.
@@ -30,15 +31,9 @@ const LOST: u32 = 137;
 /// The service.
 pub(crate) struct SandboxService {
     service: Arc<Service>,
+    /// What was asked for, until it is started.
     wish: Mutex<Option<Wish>>,
     created: Timestamp,
-}
-
-/// What was asked for, until it is started.
-#[derive(Debug, Clone)]
-struct Wish {
-    netns: Option<PathBuf>,
-    size: Size,
 }
 
 impl SandboxService {
@@ -51,12 +46,38 @@ impl SandboxService {
     }
 }
 
-/// The size that a pod's annotations ask for.
-fn wished_size(request: &CreateSandboxRequest) -> Size {
-    let number = |name: &str| request.annotations.get(name).and_then(|text| text.parse::<i64>().ok());
-    let quota = number("io.kubernetes.cri.sandbox-cpu-quota").filter(|quota| *quota > 0);
-    let memory = number("io.kubernetes.cri.sandbox-memory").filter(|bytes| *bytes > 0);
-    size(memory, quota.zip(number("io.kubernetes.cri.sandbox-cpu-period")))
+/// Message of Kubernetes that containerd's CRI plugin hands over.
+const POD_CONFIG: &str = "PodSandboxConfig";
+
+/// The control group below the pod's own that its machine is counted in, from `linux.cgroup_parent` of the pod's configuration.
+fn pod_cgroup(request: &CreateSandboxRequest) -> Result<String, protobuf::Error> {
+    let Some(options) = request.options.as_ref().filter(|any| any.type_url.ends_with(POD_CONFIG)) else {
+        return Ok(String::new());
+    };
+    // linux = 8, of which cgroup_parent = 1; both are length-delimited.
+    let linux = field(&options.value, 8 << 3 | 2)?;
+    let parent = String::from_utf8(field(&linux, 1 << 3 | 2)?).unwrap_or_default();
+    let parent = parent.trim_end_matches('/');
+    let id = &request.sandbox_id;
+    Ok(match parent.rsplit('/').next() {
+        None | Some("") => String::new(),
+        Some(slice) if slice.ends_with(".slice") => format!("{slice}:hyper:{id}"),
+        Some(_) => format!("{parent}/{id}"),
+    })
+}
+
+/// The last value of a field with this tag; empty when there is none.
+fn field(message: &[u8], tag: u32) -> Result<Vec<u8>, protobuf::Error> {
+    let mut input = protobuf::CodedInputStream::from_bytes(message);
+    let mut value = Vec::new();
+    while let Some(found) = input.read_raw_tag_or_eof()? {
+        if found == tag {
+            value = input.read_bytes()?;
+        } else {
+            protobuf::rt::skip_field_for_tag(found, &mut input)?;
+        }
+    }
+    Ok(value)
 }
 
 #[async_trait]
@@ -69,11 +90,15 @@ impl Sandbox for SandboxService {
         if r.netns_path.is_empty() {
             return Err(status::unimplemented("the host's network (hostNetwork)"));
         }
+        let annotations = r.annotations.iter().map(|(name, value)| (name.clone(), value.clone())).collect();
+        let config = Config::load(r.options.as_ref(), &annotations).map_err(status::of_config)?;
+        let size = pod_size(&r.annotations, &config).map_err(status::of_config)?;
+        let cgroup = pod_cgroup(&r).map_err(|error| status::of_config(error.into()))?;
         let mut wish = self.wish();
         if wish.is_some() {
             return Err(status::status(Code::ALREADY_EXISTS, "the sandbox: already exists"));
         }
-        *wish = Some(Wish { netns: Some(PathBuf::from(&r.netns_path)), size: wished_size(&r) });
+        *wish = Some(Wish { netns: Some(PathBuf::from(&r.netns_path)), cgroup, size, config });
         self.service.keep();
         Ok(CreateSandboxResponse::new())
     }
@@ -87,7 +112,7 @@ impl Sandbox for SandboxService {
         let Some(wish) = wish else {
             return Err(status::status(Code::FAILED_PRECONDITION, "the sandbox was not created"));
         };
-        self.service.start(&r.sandbox_id, wish.netns, wish.size).await?;
+        self.service.start(&r.sandbox_id, wish).await?;
         Ok(StartSandboxResponse {
             pid: self.service.pid(),
             created_at: encode::time(self.created),
@@ -166,5 +191,31 @@ impl Sandbox for SandboxService {
         _: SandboxMetricsRequest,
     ) -> TtrpcResult<SandboxMetricsResponse> {
         Err(status::unimplemented("metrics of a sandbox"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use containerd_shim_protos::protobuf::well_known_types::any::Any;
+
+    use super::*;
+
+    #[test]
+    fn pods_name_the_parent_of_their_cgroup() {
+        let request = |parent: &str| {
+            let length = |text: &[u8]| u8::try_from(text.len()).unwrap();
+            let linux = [&[0x0a, length(parent.as_bytes())], parent.as_bytes()].concat();
+            let value = [&[0x12, 1, b'h', 0x42, length(&linux)], linux.as_slice()].concat();
+            let any = Any { type_url: "runtime.v1.PodSandboxConfig".into(), value, ..Any::default() };
+            let options = MessageField::some(any);
+            CreateSandboxRequest { sandbox_id: "s1".into(), options, ..CreateSandboxRequest::default() }
+        };
+        assert_eq!(pod_cgroup(&request("/kubepods/pod7")).unwrap(), "/kubepods/pod7/s1");
+        assert_eq!(pod_cgroup(&request("/a.slice/a-pod7.slice")).unwrap(), "a-pod7.slice:hyper:s1");
+        assert_eq!(pod_cgroup(&request("")).unwrap(), "");
+        assert_eq!(pod_cgroup(&CreateSandboxRequest::default()).unwrap(), "");
+        let mut cut = request("/kubepods");
+        cut.options.mut_or_insert_default().value.pop();
+        assert!(pod_cgroup(&cut).is_err());
     }
 }

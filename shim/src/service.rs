@@ -7,14 +7,26 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use containerd_shim_protos::events::task::{
     TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed, TaskStart,
 };
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::ttrpc::{self, Code};
 use hyper_sandbox::Parts;
 use hyper_sandbox::pod::{EventSink, PodEvent, Sandbox, SandboxSpec};
 use tokio::sync::{Mutex, Notify};
 
-use crate::bundle::{Bundle, Size};
+use crate::bundle::Bundle;
+use crate::config::{Config, Size};
 use crate::publish::Publisher;
 use crate::{encode, status};
+
+/// What a machine is to be.
+#[derive(Debug, Clone)]
+pub(crate) struct Wish {
+    pub(crate) netns: Option<PathBuf>,
+    /// Of the host; empty: the shim's.
+    pub(crate) cgroup: String,
+    pub(crate) size: Size,
+    pub(crate) config: Config,
+}
 
 /// The pod.
 pub(crate) struct Service {
@@ -40,23 +52,32 @@ impl Service {
         }
     }
 
-    /// The sandbox, started for this container if it is the pod's first.
-    pub(crate) async fn sandbox_for(&self, id: &str, bundle: &Bundle) -> ttrpc::Result<Arc<Sandbox>> {
-        self.start(id, bundle.netns(), bundle.size()).await
+    /// The sandbox, started for this container if it is the pod's first. What the container's annotations ask for is checked in any case.
+    pub(crate) async fn sandbox_for(
+        &self,
+        id: &str,
+        bundle: &Bundle,
+        options: Option<&Any>,
+    ) -> ttrpc::Result<Arc<Sandbox>> {
+        let config = Config::load(options, &bundle.annotations()).map_err(status::of_config)?;
+        let size = bundle.size(&config).map_err(status::of_config)?;
+        let cgroup = bundle.cgroup().to_owned();
+        self.start(id, Wish { netns: bundle.netns(), cgroup, size, config }).await
     }
 
     /// The sandbox, started if it is not there.
-    pub(crate) async fn start(
-        &self,
-        id: &str,
-        netns: Option<PathBuf>,
-        size: Size,
-    ) -> ttrpc::Result<Arc<Sandbox>> {
+    pub(crate) async fn start(&self, id: &str, wish: Wish) -> ttrpc::Result<Arc<Sandbox>> {
         let mut place = self.sandbox.lock().await;
         if let Some(sandbox) = place.as_ref() {
             return Ok(Arc::clone(sandbox));
         }
-        let parts = Parts::locate().map_err(|error| status::of_pod(error.into()))?;
+        let Wish { netns, cgroup, size, config } = wish;
+        let mut parts = Parts::locate().map_err(|error| status::of_pod(error.into()))?;
+        parts.kernel = config.kernel.unwrap_or(parts.kernel);
+        parts.initramfs = config.initramfs.unwrap_or(parts.initramfs);
+        if let Some(level) = &config.log_level {
+            crate::log::set_level(level);
+        }
         // A guest's own name is seen by nobody but its kernel's log.
         let hostname = id.chars().filter(char::is_ascii_alphanumeric).take(12).collect();
         let spec = SandboxSpec {
@@ -66,6 +87,9 @@ impl Service {
             mem_mib: size.mem_mib,
             netns,
             kernel_args: Vec::new(),
+            namespace: self.publisher.namespace().to_owned(),
+            boot_timeout_ms: config.boot_timeout_ms,
+            cgroup,
         };
         tracing::info!(id, vcpus = size.vcpus, mem_mib = size.mem_mib, "starting the machine");
         let sandbox = Sandbox::start(spec, &parts, self.sink()).await.map_err(status::of_pod)?;

@@ -6,12 +6,17 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use containerd_shim::Flags;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::shim::oci::Options;
+use protobuf::Message;
 
 use crate::bundle::Bundle;
 use crate::{ShimError, socket_of};
 
 /// The highest version of the Task API that containerd speaks; not set before 1.7.
 const MAX_VERSION: &str = "MAX_SHIM_VERSION";
+/// Largest options of a runtime, bytes.
+const MAX_OPTIONS_BYTES: u64 = 1 << 20;
 /// Longest last words of a shim that did not start, bytes.
 const MAX_WORDS_BYTES: u64 = 16 * 1024;
 
@@ -68,8 +73,7 @@ fn spawn(flags: &Flags, group: &str, socket: &str) -> Result<(), ShimError> {
         command.arg("-debug");
     }
     let mut child = command.spawn().map_err(ShimError::io("start", "the pod's shim"))?;
-    // What containerd wrote to our standard input may name a cgroup for shims.
-    if let Err(error) = containerd_shim::cgroup::set_cgroup_and_oom_score(child.id()) {
+    if let Err(error) = place(child.id()) {
         tracing::debug!(%error, "the shim stays in its cgroup");
     }
     let mut words = String::new();
@@ -80,6 +84,23 @@ fn spawn(flags: &Flags, group: &str, socket: &str) -> Result<(), ShimError> {
     }
     let listens = Path::new(socket.strip_prefix("unix://").unwrap_or(socket)).exists();
     if words.is_empty() && listens { Ok(()) } else { Err(ShimError::NotStarted(words.trim().to_owned())) }
+}
+
+/// Puts the shim where runc's options, which containerd may have written to our standard input, say that shims are. Options of other
+/// runtimes number their fields differently.
+fn place(pid: u32) -> Result<(), String> {
+    let mut bytes = Vec::new();
+    let read = std::io::stdin().take(MAX_OPTIONS_BYTES).read_to_end(&mut bytes);
+    read.map_err(|error| error.to_string())?;
+    let any = Any::parse_from_bytes(&bytes).map_err(|error| error.to_string())?;
+    if any.type_url.rsplit('/').next() == Some("containerd.runc.v1.Options") {
+        let options = Options::parse_from_bytes(&any.value).map_err(|error| error.to_string())?;
+        if !options.shim_cgroup.is_empty() {
+            let placed = containerd_shim::cgroup::add_task_to_cgroup(&options.shim_cgroup, pid);
+            placed.map_err(|error| error.to_string())?;
+        }
+    }
+    containerd_shim::cgroup::adjust_oom_score(pid).map_err(|error| error.to_string())
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use containerd_shim_protos::ttrpc::{self, Code};
 use hyper_sandbox::pod::PodError;
 
 use crate::bundle::BundleError;
+use crate::config::ConfigError;
 
 /// Longest message, characters: it is shown to a person.
 const MAX_MESSAGE_CHARS: usize = 2000;
@@ -37,6 +38,20 @@ pub(crate) fn of_bundle(error: BundleError) -> ttrpc::Error {
         BundleError::Read { source, .. } if source.kind() == std::io::ErrorKind::NotFound => Code::NOT_FOUND,
         BundleError::Read { .. } => Code::UNKNOWN,
         BundleError::Size { .. } | BundleError::Json { .. } => Code::INVALID_ARGUMENT,
+    };
+    status(code, &error.to_string())
+}
+
+/// A configuration that cannot be used, or that a pod may not change.
+pub(crate) fn of_config(error: ConfigError) -> ttrpc::Error {
+    let code = match &error {
+        ConfigError::Read { source, .. } if source.kind() == std::io::ErrorKind::NotFound => Code::NOT_FOUND,
+        ConfigError::Read { .. } => Code::UNKNOWN,
+        ConfigError::Size { .. }
+        | ConfigError::Wrong { .. }
+        | ConfigError::Options(_)
+        | ConfigError::Annotation { .. }
+        | ConfigError::TooMuch { .. } => Code::INVALID_ARGUMENT,
     };
     status(code, &error.to_string())
 }

@@ -36,7 +36,7 @@ impl TaskService {
         let dir = PathBuf::from(&request.bundle);
         let bundle = Bundle::read(&dir).map_err(status::of_bundle)?;
         hyper_sandbox::pod::check(&bundle.json, &dir).map_err(status::of_pod)?;
-        let sandbox = self.0.sandbox_for(&request.id, &bundle).await?;
+        let sandbox = self.0.sandbox_for(&request.id, &bundle, request.options.as_ref()).await?;
         let pid = self.0.pid();
         let wish = BundleConfig {
             id: request.id.clone(),

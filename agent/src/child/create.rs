@@ -15,12 +15,10 @@ use crate::error::{AgentError, Tried};
 use crate::plan::{CreatePlan, Report};
 use crate::sys::{self, Fork};
 
-/// Everything but the network, which is the sandbox's, users, which the machine isolates, and processes, which can be another
+/// Everything but the network, which is the sandbox's, users, which the machine isolates, and processes and IPC, which can be another
 /// container's.
-const NAMESPACES: UnshareFlags = UnshareFlags::NEWNS
-    .union(UnshareFlags::NEWIPC)
-    .union(UnshareFlags::NEWUTS)
-    .union(UnshareFlags::NEWCGROUP);
+const NAMESPACES: UnshareFlags =
+    UnshareFlags::NEWNS.union(UnshareFlags::NEWUTS).union(UnshareFlags::NEWCGROUP);
 
 /// Enters the cgroup and new namespaces and forks the container's first process.
 ///
@@ -31,15 +29,24 @@ pub(crate) fn run(control: &UnixStream, plan: CreatePlan) -> Result<Outcome, Age
     set_oom_score_adj(plan.process.process.oom_score_adj)?;
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .tried(|| "become undumpable".to_owned())?;
-    if plan.pid_namespace >= 0 {
-        let other =
-            sys::take_inherited_fd(plan.pid_namespace).tried(|| "take a container's pidfd".to_owned())?;
-        rustix::thread::move_into_thread_name_spaces(other.as_fd(), ThreadNameSpaceType::PROCESS_ID)
-            .tried(|| "join a pid namespace".to_owned())?;
-        unshare(NAMESPACES)?;
-    } else {
-        unshare(NAMESPACES | UnshareFlags::NEWPID)?;
+    let mut new = NAMESPACES;
+    for (fd, kind, own, what) in [
+        (plan.pid_namespace, ThreadNameSpaceType::PROCESS_ID, UnshareFlags::NEWPID, "join a pid namespace"),
+        (
+            plan.ipc_namespace,
+            ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION,
+            UnshareFlags::NEWIPC,
+            "join an IPC namespace",
+        ),
+    ] {
+        if fd < 0 {
+            new |= own;
+            continue;
+        }
+        let other = sys::take_inherited_fd(fd).tried(|| "take a container's pidfd".to_owned())?;
+        rustix::thread::move_into_thread_name_spaces(other.as_fd(), kind).tried(|| what.to_owned())?;
     }
+    unshare(new)?;
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .tried(|| "make mounts private".to_owned())?;
     match sys::fork().tried(|| "fork the container's first process".to_owned())? {

@@ -24,8 +24,10 @@ pub(crate) const ROOT_DIR: &str = "/run/hyper/root";
 pub(crate) const SHARE_DIR: &str = "/run/hyper/share";
 /// Injected files.
 pub(crate) const FILES_DIR: &str = "/run/hyper/files";
+/// Memory that containers have in common.
+pub(crate) const MEMORY_DIR: &str = "/run/hyper/memory";
 /// All of them.
-pub(crate) const DIRS: [&str; 5] = [IMAGE_DIR, DISK_DIR, ROOT_DIR, SHARE_DIR, FILES_DIR];
+pub(crate) const DIRS: [&str; 6] = [IMAGE_DIR, DISK_DIR, ROOT_DIR, SHARE_DIR, FILES_DIR, MEMORY_DIR];
 
 /// Mounts the root at [`ROOT_DIR`]. Returns its descriptor.
 ///
@@ -99,6 +101,21 @@ pub(super) fn open_root() -> Result<OwnedFd, AgentError> {
 pub(super) fn open_folder(path: &str) -> Result<OwnedFd, AgentError> {
     rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .tried(|| format!("open {path}"))
+}
+
+/// Mounts memory that containers have in common, world-writable as `/dev/shm` is. Works on the agent's own mounts.
+///
+/// # Errors
+/// What the kernel answers.
+pub(crate) fn mount_memory(name: &str, size_bytes: u64) -> Result<(), AgentError> {
+    let place = format!("{MEMORY_DIR}/{name}");
+    make_dir(&place)?;
+    let size = if size_bytes == 0 { "50%".to_owned() } else { size_bytes.to_string() };
+    let options = std::ffi::CString::new(format!("mode=1777,size={size}"))
+        .map_err(|_| AgentError::invalid("NUL in an option"))?;
+    let flags = MountFlags::NODEV | MountFlags::NOSUID | MountFlags::NOEXEC;
+    mount("shm", place.as_str(), "tmpfs", flags, Some(options.as_c_str()))
+        .tried(|| format!("mount shared memory {name} of {size} bytes"))
 }
 
 fn overlay() -> Result<OwnedFd, AgentError> {

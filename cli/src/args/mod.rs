@@ -105,6 +105,9 @@ pub(crate) struct InstallArgs {
     /// Configuration of containerd.
     #[arg(long, default_value = "/etc/containerd/config.toml")]
     pub(crate) config: PathBuf,
+    /// Configuration of hyper as a runtime; one that is there is left alone.
+    #[arg(long, default_value = "/etc/hyper/containerd.toml")]
+    pub(crate) runtime_config: PathBuf,
     /// Where containerd finds the shim: a folder in its PATH.
     #[arg(long, default_value = "/usr/local/bin")]
     pub(crate) bin_dir: PathBuf,

@@ -1,4 +1,5 @@
-//! `hyper install containerd`: the shim where containerd looks for it, and a runtime handler for Kubernetes in containerd's configuration.
+//! `hyper install containerd`: the shim where containerd looks for it, a runtime handler for Kubernetes in containerd's configuration, and
+//! a configuration of our own that says what can be changed.
 //!
 //! The configuration gets one block between two marks, at its end, so that taking it out again leaves every other byte as it was. A file of
 //! containerd 1.x (version 2) and one of containerd 2.x (version 3) name the CRI plugin differently; a drop-in of its own would replace what the
@@ -15,6 +16,8 @@ use crate::output;
 const SHIM: &str = "containerd-shim-hyper-v2";
 const BEGIN: &str = "# hyper: begin (hyper install containerd --uninstall takes this out)\n";
 const END: &str = "# hyper: end\n";
+/// What the shim's own configuration is at first: everything in it is a comment.
+const RUNTIME_CONFIG: &str = include_str!("../../../deploy/containerd.toml");
 /// CRI plugin of containerd 1.x and 2.x.
 const PLUGIN_V2: &str = "io.containerd.grpc.v1.cri";
 const PLUGIN_V3: &str = "io.containerd.cri.v1.runtime";
@@ -29,6 +32,11 @@ pub(crate) fn install(args: &InstallArgs) -> Result<i32, CliError> {
         unlink(&link)?;
         if let Some(config) = read(&args.config)? {
             write(&args.config, &without_block(&config))?;
+        }
+        // One that was changed is the operator's.
+        if read(&args.runtime_config)?.as_deref() == Some(RUNTIME_CONFIG) {
+            fs::remove_file(&args.runtime_config)
+                .map_err(|error| failed("remove", &args.runtime_config, &error))?;
         }
         output::line("containerd: the runtime is taken out; restart containerd when no pod uses it");
         return Ok(0);
@@ -46,12 +54,16 @@ pub(crate) fn install(args: &InstallArgs) -> Result<i32, CliError> {
         unlink(&link)?;
         std::os::unix::fs::symlink(&shim, &link).map_err(|error| failed("link", &link, &error))?;
     }
+    if read(&args.runtime_config)?.is_none() {
+        write(&args.runtime_config, RUNTIME_CONFIG)?;
+    }
     let config = read(&args.config)?.unwrap_or_else(|| "version = 2\n".to_owned());
     write(&args.config, &with_block(&config)?)?;
     output::line(format!(
-        "containerd: {} and the handler hyper in {}",
+        "containerd: {}, the handler hyper in {}, and what it can be told in {}",
         link.display(),
-        args.config.display()
+        args.config.display(),
+        args.runtime_config.display()
     ));
     output::line("restart containerd for Kubernetes to see it; ctr and nerdctl need no restart");
     Ok(0)
@@ -135,7 +147,9 @@ fn with_block(config: &str) -> Result<String, CliError> {
         return Err(CliError::failed(format!("the configuration of containerd has {table} already")));
     }
     let newline = if plain.is_empty() || plain.ends_with('\n') { "" } else { "\n" };
-    Ok(format!("{plain}{newline}{BEGIN}{table}\n  runtime_type = \"io.containerd.hyper.v2\"\n{END}"))
+    Ok(format!(
+        "{plain}{newline}{BEGIN}{table}\n  runtime_type = \"io.containerd.hyper.v2\"\n  pod_annotations = [\"io.hyper.*\"]\n{END}"
+    ))
 }
 
 #[cfg(test)]
@@ -149,6 +163,37 @@ mod tests {
             assert!(with.contains(&format!("[plugins.\"{plugin}\".containerd.runtimes.hyper]\n")), "{with}");
             assert_eq!(with_block(&with).unwrap(), with, "once");
             assert_eq!(without_block(&with).trim_end(), config.trim_end());
+        }
+    }
+
+    #[test]
+    fn own_configuration_is_written_once_and_kept_when_it_was_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let exe = std::env::current_exe().unwrap();
+        let args = |uninstall| InstallArgs {
+            what: InstallWhat::Containerd,
+            uninstall,
+            config: at("config.toml"),
+            runtime_config: at("hyper/containerd.toml"),
+            bin_dir: at("bin"),
+        };
+        fs::create_dir(at("bin")).unwrap();
+        // The shim is beside this program in a build.
+        let shim = exe.with_file_name(SHIM);
+        let made = !shim.exists() && fs::write(&shim, "").is_ok();
+        install(&args(false)).unwrap();
+        assert_eq!(read(&at("hyper/containerd.toml")).unwrap().as_deref(), Some(RUNTIME_CONFIG));
+        install(&args(true)).unwrap();
+        assert!(!at("hyper/containerd.toml").exists());
+        install(&args(false)).unwrap();
+        fs::write(at("hyper/containerd.toml"), "vcpus = 2\n").unwrap();
+        install(&args(false)).unwrap();
+        install(&args(true)).unwrap();
+        assert_eq!(fs::read_to_string(at("hyper/containerd.toml")).unwrap(), "vcpus = 2\n");
+        assert!(!at("bin").join(SHIM).exists());
+        if made {
+            fs::remove_file(shim).unwrap();
         }
     }
 

@@ -18,13 +18,15 @@ const MAX_LOG_BYTES: u64 = 512 * 1024;
 /// Last bytes of a console that are looked at for its last words.
 const TAIL_BYTES: usize = 4096;
 
-/// Spawns a program with `stdin` as its standard input; its standard error goes to `log`. It dies with us.
+/// Spawns a program with `stdin` as its standard input; its standard error goes to `log`. It dies with us. `cgroups` are entrances of the
+/// control groups that it runs in; none: ours.
 pub(super) fn spawn(
     part: &'static str,
     program: &Path,
     args: &[&OsStr],
     stdin: OwnedFd,
     log: &Path,
+    cgroups: &[OwnedFd],
 ) -> Result<(Child, JoinHandle<()>), VmError> {
     let mut command = Command::new(program);
     command
@@ -38,6 +40,10 @@ pub(super) fn spawn(
         .kill_on_drop(true);
     crate::sys::die_with_parent(&mut command);
     let fail = |source| VmError::Part { part, path: program.to_owned(), source };
+    if !cgroups.is_empty() {
+        let copies: io::Result<Vec<OwnedFd>> = cgroups.iter().map(OwnedFd::try_clone).collect();
+        crate::sys::enter_cgroups(&mut command, copies.map_err(fail)?);
+    }
     let mut child = command.spawn().map_err(fail)?;
     let stderr = child.stderr.take().ok_or_else(|| fail(io::ErrorKind::BrokenPipe.into()))?;
     Ok((child, keep(stderr, log)))
@@ -85,7 +91,7 @@ mod tests {
         let log = dir.path().join("log");
         let null = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
         let args = ["-c", "echo one >&2; echo 'two\u{1b}[2J' >&2"].map(OsStr::new);
-        let (mut child, kept) = spawn("sh", Path::new("/bin/sh"), &args, null, &log).unwrap();
+        let (mut child, kept) = spawn("sh", Path::new("/bin/sh"), &args, null, &log, &[]).unwrap();
         assert!(child.wait().await.unwrap().success());
         kept.await.unwrap();
         assert_eq!(last_words(&log), "two[2J");
@@ -95,8 +101,8 @@ mod tests {
     #[tokio::test]
     async fn missing_part_is_named() {
         let null = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
-        let error =
-            spawn("hyper-vmm", Path::new("/nonexistent/vmm"), &[], null, Path::new("/dev/null")).unwrap_err();
+        let error = spawn("hyper-vmm", Path::new("/nonexistent/vmm"), &[], null, Path::new("/dev/null"), &[])
+            .unwrap_err();
         assert!(
             error.to_string().starts_with("hyper-vmm cannot be used, looked for at /nonexistent/vmm"),
             "{error}"

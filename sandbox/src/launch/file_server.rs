@@ -38,6 +38,7 @@ impl FileServer {
         shares: &[SharePlan],
         run_dir: &Path,
         log_dir: &Path,
+        cgroups: &[OwnedFd],
     ) -> Result<(Self, JoinHandle<()>, OwnedFd), VmError> {
         let fail = |source: io::Error| VmError::Descriptor { what: "the file server's socket", source };
         let path = run_dir.join("fs");
@@ -47,7 +48,8 @@ impl FileServer {
         let near = connected.map_err(fail)?;
         let spec = serde_json::to_string(&Spec { shares }).map_err(|error| fail(error.into()))?;
         let args = [OsStr::new("--spec"), OsStr::new(&spec)];
-        let (mut child, log) = spawn("hyper-fs", &parts.fs, &args, listener.into(), &log_dir.join("fs.log"))?;
+        let (mut child, log) =
+            spawn("hyper-fs", &parts.fs, &args, listener.into(), &log_dir.join("fs.log"), cgroups)?;
         let (tell, gone) = watch::channel(false);
         let watcher = tokio::spawn(async move {
             match child.wait().await {

@@ -27,9 +27,6 @@ use crate::state::BootTimeline;
 
 /// How long the VMM may take to build the machine.
 const BUILD_MS: u64 = 30_000;
-/// How long the guest may take from there to the doorbell: it needs a tenth of a second of processor time, which may be a minute on a
-/// host where hundreds start at once. A guest that has died is noticed at once.
-const DOORBELL_MS: u64 = 60_000;
 /// How long the guest may take to end in order: it writes its disks back.
 const SHUTDOWN_MS: u64 = 10_000;
 /// How long the VMM may take to end when it is asked.
@@ -83,9 +80,15 @@ pub(crate) struct Guest {
 
 impl Guest {
     /// Starts a machine and waits until its agent serves.
-    pub(crate) async fn start(plan: GuestPlan, parts: &Parts, steps: &mut Steps) -> Result<Self, VmError> {
+    pub(crate) async fn start(
+        mut plan: GuestPlan,
+        parts: &Parts,
+        steps: &mut Steps,
+    ) -> Result<Self, VmError> {
         let descriptor = |what| move |source: io::Error| VmError::Descriptor { what, source };
         let (run_dir, log_dir) = (plan.run_dir.clone(), plan.log_dir.clone());
+        let limit = scaled_ms(plan.boot_ms);
+        let cgroups = std::mem::take(&mut plan.cgroups);
         let bell = UnixListener::bind(port_path(&run_dir, DOORBELL_PORT))
             .map_err(descriptor("the doorbell's socket"))?;
         let mut logs = Vec::new();
@@ -98,7 +101,7 @@ impl Guest {
 
         let (mut file_server, mut share) = (None, None);
         if !plan.shares.is_empty() {
-            let (server, log, socket) = FileServer::start(parts, &plan.shares, &run_dir, &log_dir)?;
+            let (server, log, socket) = FileServer::start(parts, &plan.shares, &run_dir, &log_dir, &cgroups)?;
             logs.push(log);
             file_server = Some(server);
             share = Some(socket);
@@ -106,7 +109,7 @@ impl Guest {
         }
         let assembled = assemble(plan, parts, console_in, share)?;
         let (control, far) = control::pair().map_err(descriptor("the control socket"))?;
-        let (vmm, log) = spawn("hyper-vmm", &parts.vmm, &[], far, &log_dir.join("vmm.log"))?;
+        let (vmm, log) = spawn("hyper-vmm", &parts.vmm, &[], far, &log_dir.join("vmm.log"), &cgroups)?;
         logs.push(log);
         steps.done("vmm-spawned");
         let boot = Request::Boot { spec: assembled.spec.clone() };
@@ -117,7 +120,7 @@ impl Guest {
         let bays = assembled.bays.clone();
         drop(assembled);
         steps.done("vmm-built");
-        wait_for_doorbell(&bell, ended(&control, file_server.as_ref()), &console_log).await?;
+        wait_for_doorbell(&bell, ended(&control, file_server.as_ref()), &console_log, limit).await?;
         steps.done("doorbell");
         let agent = Agent::connect(&vsock_path(&run_dir)).await?;
         steps.done("rpc");
@@ -240,8 +243,8 @@ async fn wait_for_doorbell(
     bell: &UnixListener,
     ended: impl Future<Output = VmEnd>,
     console: &Path,
+    limit: Duration,
 ) -> Result<(), VmError> {
-    let limit = scaled_ms(DOORBELL_MS);
     tokio::select! {
         biased;
         bell = agent::doorbell(bell) => {

@@ -29,7 +29,7 @@ pub(crate) use control::VmEnd;
 pub(crate) use guest::{Guest, Steps};
 pub(crate) use levers::Levers;
 pub(crate) use memory::MemorySizing;
-pub(crate) use plan::{DiskPlan, GrowthPlan, GuestPlan, NetPlan, SharePlan};
+pub(crate) use plan::{DEFAULT_BOOT_MS, DiskPlan, GrowthPlan, GuestPlan, NetPlan, SharePlan};
 pub(crate) use unpack::unpack;
 
 /// A VMM that is played, for tests of what uses it.

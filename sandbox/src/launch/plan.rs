@@ -19,6 +19,9 @@ const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k tsc=reliable no_tim
 /// And of those that grow: most of the memory that is added is kept free of what cannot be moved, so that it can be taken back, but never
 /// so much of it that the kernel has too little for itself.
 const GROWTH_CMDLINE: &str = "memory_hotplug.online_policy=auto-movable";
+/// How long a guest may take until its agent serves: it needs a tenth of a second of processor time, which may be a minute on a host
+/// where hundreds start at once. A guest that has died is noticed at once.
+pub(crate) const DEFAULT_BOOT_MS: u64 = 60_000;
 /// The first context id that is not reserved. Guests cannot see each other, so all have the same.
 const GUEST_CID: u32 = 3;
 
@@ -42,6 +45,10 @@ pub(crate) struct GuestPlan {
     pub(crate) shares: Vec<SharePlan>,
     /// More words for the kernel's command line.
     pub(crate) kernel_args: Vec<String>,
+    /// How long the guest may take until its agent serves.
+    pub(crate) boot_ms: u64,
+    /// Open `cgroup.procs` of the control groups that VMM and file server run in; none: those of this process.
+    pub(crate) cgroups: Vec<OwnedFd>,
 }
 
 /// What a machine may come to have while it runs.
@@ -207,6 +214,8 @@ mod tests {
             nets: vec![NetPlan { tap: null(), mac: [2, 0, 0, 0, 0, 1], mtu: 1500 }],
             shares: Vec::new(),
             kernel_args: vec!["loglevel=7".into()],
+            boot_ms: DEFAULT_BOOT_MS,
+            cgroups: Vec::new(),
         }
     }
 

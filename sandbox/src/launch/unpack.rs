@@ -11,7 +11,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::Instant;
 
 use super::agent::{context, rpc_error};
-use super::plan::{DiskPlan, GuestPlan};
+use super::plan::{DEFAULT_BOOT_MS, DiskPlan, GuestPlan};
 use super::{Compression, Guest, LayerBlob, Steps, Stream, UnpackProgress, Unpacked, VmError, scaled_ms};
 use crate::store::{FileLock, RemoveDir, UNPACK_PREFIX, make_private_dir, new_id};
 use crate::{Home, SandboxError};
@@ -84,6 +84,8 @@ pub(crate) async fn unpack(
         nets: Vec::new(),
         shares: Vec::new(),
         kernel_args: Vec::new(),
+        boot_ms: DEFAULT_BOOT_MS,
+        cgroups: Vec::new(),
     };
     let mut steps = Steps::begin();
     let guest = Guest::start(plan, home.parts(), &mut steps).await?;

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use hyper_protocol::rpc::agent::{
     ContainerRef, CreateContainerRequest, CreateProcessRequest, Mount, ProcessRef, ResizeTerminalRequest,
-    SignalProcessRequest, Stdio, UpdateContainerRequest, mount,
+    SharedMemorySource, SignalProcessRequest, Stdio, UpdateContainerRequest, mount,
 };
 use protobuf::MessageField;
 use serde_json::Value;
@@ -18,6 +18,7 @@ use super::growth::{Claim, Claimed};
 use super::hooks::{Hooks, Moment};
 use super::io::{Ends, Input, StdioPaths};
 use super::live::LiveMount;
+use super::logger::Whose;
 use super::mounts::RootMount;
 use super::process::{Inner, Phase, Process, ProcessExit, ProcessStatus, Surroundings, watch_over};
 use super::translate::{self, Translated, Volume};
@@ -127,6 +128,11 @@ impl Sandbox {
         Ok(Reservation { sandbox: self, id: Some(id.to_owned()) })
     }
 
+    /// What the loggers of a process are told; `id` is that of the process, or of the container for its first one.
+    fn whose<'a>(&'a self, id: &'a str) -> Whose<'a> {
+        Whose { id, namespace: &self.namespace, host: &self.host }
+    }
+
     fn around(&self) -> Surroundings {
         Surroundings {
             agent: Arc::clone(&self.agent),
@@ -161,9 +167,14 @@ impl Sandbox {
         {
             request.pid_namespace_of = other;
         }
+        if let Some(other) = translated.ipc_namespace_of.filter(|other| *other != wish.id)
+            && held(&self.containers).contains_key(&other)
+        {
+            request.ipc_namespace_of = other;
+        }
         let size = translated.size;
         let mut stdio = sized(size);
-        let mut pumps = ends.connect(&self.agent, &mut stdio).await?;
+        let mut pumps = ends.connect(&self.agent, &mut stdio, self.whose(&wish.id)).await?;
         request.stdio = MessageField::some(stdio);
         request.oci_spec = translated.oci;
         let program = program(request.oci_spec.as_slice(), "/process/args/0");
@@ -215,6 +226,11 @@ impl Sandbox {
             let (source, destination, read_only) = match volume {
                 Volume::Memory { source, destination, read_only } => {
                     (source.clone(), destination, *read_only)
+                }
+                Volume::Shared { source, size_bytes, destination, read_only } => {
+                    let name = self.live.memory_name(source);
+                    let shared = SharedMemorySource { name, size_bytes: *size_bytes, ..Default::default() };
+                    (mount::Source::SharedMemory(shared), destination, *read_only)
                 }
                 Volume::Bind { source, destination, read_only } => {
                     let bound = self.live.bind(source, *read_only)?;
@@ -330,7 +346,7 @@ impl Sandbox {
             (inner.ends.take().unwrap_or_default(), inner.wish.take().unwrap_or_default(), inner.size)
         };
         let mut stdio = sized(size);
-        let mut pumps = ends.connect(&self.agent, &mut stdio).await?;
+        let mut pumps = ends.connect(&self.agent, &mut stdio, self.whose(&process.exec)).await?;
         let request = CreateProcessRequest {
             container_id: container.id.clone(),
             process_id: process.exec.clone(),
@@ -546,6 +562,7 @@ impl Sandbox {
             )));
         }
         if !exec.is_empty() {
+            process.until_logged().await;
             held(&container.processes).remove(exec);
             return Ok(process.exit().unwrap_or(never));
         }
@@ -557,6 +574,7 @@ impl Sandbox {
         let mut exits = process.exits();
         let ended = timeout(scaled_ms(DELETED_MS), exits.wait_for(Option::is_some)).await;
         let exit = ended.ok().and_then(|exit| *exit.ok()?).unwrap_or(never);
+        process.until_logged().await;
         held(&self.containers).remove(id);
         self.give_up(id).await;
         let about = (id, 0, container.bundle.as_path());

@@ -1,9 +1,9 @@
-//! Standard streams: between the FIFOs of the caller and the streams of the agent.
+//! Standard streams: between the FIFOs, files and loggers of the caller and the streams of the agent.
 //!
 //! Every FIFO is opened for both directions, so that neither end has to be there first and a reader that goes away and comes back (a
 //! restarted containerd) loses nothing. Standard input ends when the caller says so, after what it has written.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use hyper_protocol::rpc::agent::Stdio;
@@ -14,6 +14,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::PodError;
+use super::logger::{self, Logger, LoggerSpec, Whose};
 use crate::launch::{Agent, Stream, scaled_ms};
 
 /// Bytes that are copied at once.
@@ -21,7 +22,9 @@ const BUFFER_BYTES: usize = 64 * 1024;
 /// How long the last output may take to be read when the process has ended.
 const LAST_OUTPUT_MS: u64 = 10_000;
 
-/// Where the streams of a process go: empty for nowhere, the path of a FIFO, or `file://` and a path.
+/// Where the streams of a process go: empty for nowhere, the path of a FIFO, `file://` and the path of a file that is appended to, or
+/// `binary://`, the path of a program and its arguments as a query. A file or program of standard output gets standard error, too, when
+/// that has none of its own.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct StdioPaths {
     /// Standard input.
@@ -38,24 +41,24 @@ pub struct StdioPaths {
 enum Place<'a> {
     Nowhere,
     Fifo(&'a Path),
-    File(&'a Path),
+    File(PathBuf),
+    Logger(LoggerSpec),
 }
 
 fn place(uri: &str) -> Result<Place<'_>, PodError> {
-    let path = |text: &'static str| uri.strip_prefix(text).map(Path::new);
-    let place = match uri {
-        "" => return Ok(Place::Nowhere),
+    if uri.is_empty() {
+        return Ok(Place::Nowhere);
+    }
+    Ok(match uri.split_once("://") {
         _ if uri.starts_with('/') => Place::Fifo(Path::new(uri)),
-        _ => match (path("fifo://"), path("file://")) {
-            (Some(fifo), _) => Place::Fifo(fifo),
-            (_, Some(file)) => Place::File(file),
-            _ => {
-                let scheme = uri.split("://").next().unwrap_or_default();
-                return Err(PodError::Unsupported(format!("logging by {scheme:?}")));
-            }
-        },
-    };
-    Ok(place)
+        Some(("fifo", fifo)) => Place::Fifo(Path::new(fifo)),
+        Some(("file", file)) => Place::File(logger::path(uri, file)?),
+        Some(("binary", program)) => Place::Logger(LoggerSpec::parse(uri, program)?),
+        _ => {
+            let scheme = uri.split("://").next().unwrap_or_default();
+            return Err(PodError::Unsupported(format!("logging by {scheme:?}")));
+        }
+    })
 }
 
 /// The caller's ends, open.
@@ -69,8 +72,11 @@ pub(super) struct Ends {
 
 #[derive(Debug)]
 enum Sink {
-    Fifo(pipe::Sender),
+    /// A FIFO, or the pipe of a logger.
+    Pipe(pipe::Sender),
     File(tokio::fs::File),
+    /// One that is to be started.
+    Logger(LoggerSpec),
 }
 
 /// Streams that are being copied.
@@ -78,6 +84,8 @@ enum Sink {
 pub(super) struct Pumps {
     outputs: JoinSet<()>,
     feeder: JoinSet<()>,
+    /// They end after their pipes.
+    loggers: Vec<Logger>,
     /// Standard input, until the process is started.
     pub(super) input: Input,
 }
@@ -115,16 +123,15 @@ impl Ends {
                 let keeper = pipe::OpenOptions::new().open_sender(path).map_err(fail)?;
                 ends.stdin = Some((reader, Some(keeper)));
             }
-            Place::File(path) => {
-                return Err(PodError::Unsupported(format!(
-                    "standard input from the file {}",
-                    path.display()
-                )));
+            Place::File(_) | Place::Logger(_) => {
+                return Err(PodError::Unsupported(format!("standard input from {}", paths.stdin)));
             }
         }
         ends.stdout = sink(&paths.stdout)?;
         if !paths.terminal {
-            ends.stderr = sink(&paths.stderr)?;
+            let both =
+                paths.stderr.is_empty() && matches!(ends.stdout, Some(Sink::File(_) | Sink::Logger(_)));
+            ends.stderr = sink(if both { &paths.stdout } else { &paths.stderr })?;
         }
         Ok(ends)
     }
@@ -136,10 +143,35 @@ impl Ends {
         }
     }
 
-    /// Connects them to streams of the agent, which `stdio` names.
-    pub(super) async fn connect(self, agent: &Agent, stdio: &mut Stdio) -> Result<Pumps, PodError> {
+    /// Starts the loggers; one that is named twice gets both streams.
+    async fn start_loggers(&mut self, whose: Whose<'_>) -> Result<Vec<Logger>, PodError> {
+        let mut started = Vec::new();
+        if let Some(Sink::Logger(spec)) = &self.stdout {
+            let (logger, out, err) = spec.start(whose).await?;
+            if matches!(&self.stderr, Some(Sink::Logger(other)) if other == spec) {
+                self.stderr = Some(Sink::Pipe(err));
+            }
+            self.stdout = Some(Sink::Pipe(out));
+            started.push(logger);
+        }
+        if let Some(Sink::Logger(spec)) = &self.stderr {
+            let (logger, _, err) = spec.start(whose).await?;
+            self.stderr = Some(Sink::Pipe(err));
+            started.push(logger);
+        }
+        Ok(started)
+    }
+
+    /// Connects them to streams of the agent, which `stdio` names. Loggers are started first: the agent does not wait long for a stream
+    /// that is not named.
+    pub(super) async fn connect(
+        mut self,
+        agent: &Agent,
+        stdio: &mut Stdio,
+        whose: Whose<'_>,
+    ) -> Result<Pumps, PodError> {
         stdio.terminal = self.terminal;
-        let mut pumps = Pumps::default();
+        let mut pumps = Pumps { loggers: self.start_loggers(whose).await?, ..Pumps::default() };
         if let Some((reader, keeper)) = self.stdin {
             let (id, stream) = agent.open_stream().await?;
             stdio.stdin = id;
@@ -162,24 +194,30 @@ fn sink(uri: &str) -> Result<Option<Sink>, PodError> {
         Place::Nowhere => Ok(None),
         Place::Fifo(path) => {
             let opened = pipe::OpenOptions::new().read_write(true).open_sender(path);
-            opened.map(|fifo| Some(Sink::Fifo(fifo))).map_err(|source| PodError::io("open", path, source))
+            opened.map(|fifo| Some(Sink::Pipe(fifo))).map_err(|source| PodError::io("open", path, source))
         }
         Place::File(path) => {
-            let opened = std::fs::OpenOptions::new().append(true).create(true).open(path);
-            let file = opened.map_err(|source| PodError::io("open", path, source))?;
+            let parents = path.parent().map_or(Ok(()), std::fs::create_dir_all);
+            parents.map_err(|source| PodError::io("make the folder of the log", &path, source))?;
+            let opened = std::fs::OpenOptions::new().append(true).create(true).open(&path);
+            let file = opened.map_err(|source| PodError::io("open the log", &path, source))?;
             Ok(Some(Sink::File(file.into())))
         }
+        Place::Logger(spec) => Ok(Some(Sink::Logger(spec))),
     }
 }
 
 impl Pumps {
-    /// Waits until the last output has been taken, for a while; the FIFOs are closed then.
-    pub(super) async fn finish(mut self) {
+    /// Waits until the last output has been taken, for a while; the FIFOs are closed then. Returns the loggers, which have all of it in
+    /// their pipes.
+    pub(super) async fn finish(mut self) -> Vec<Logger> {
         self.feeder.abort_all();
         let all = async { while self.outputs.join_next().await.is_some() {} };
         if timeout(scaled_ms(LAST_OUTPUT_MS), all).await.is_err() {
             tracing::warn!("nobody reads the last output");
+            self.outputs.shutdown().await;
         }
+        self.loggers
     }
 }
 
@@ -198,11 +236,12 @@ async fn feed(mut from: pipe::Receiver, stream: Stream, begin: Arc<Notify>) {
 /// Output, to its end; when it cannot be written any more it is read and dropped, so that the process goes on.
 async fn drain(mut stream: Stream, sink: Sink) {
     let copied = match sink {
-        Sink::Fifo(mut fifo) => copy(&mut stream, &mut fifo).await,
+        Sink::Pipe(mut pipe) => copy(&mut stream, &mut pipe).await,
         Sink::File(mut file) => copy(&mut stream, &mut file).await,
+        Sink::Logger(_) => Ok(()),
     };
     if let Err(error) = copied {
-        tracing::debug!(%error, "output is dropped");
+        tracing::warn!(%error, "output is dropped from now on");
         // Its end, whatever it is.
         let _ = copy(&mut stream, &mut tokio::io::sink()).await;
     }
@@ -224,8 +263,6 @@ async fn copy(
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
-
     use super::*;
 
     #[test]
@@ -233,8 +270,27 @@ mod tests {
         assert_eq!(place("").unwrap(), Place::Nowhere);
         assert_eq!(place("/run/f").unwrap(), Place::Fifo(Path::new("/run/f")));
         assert_eq!(place("fifo:///run/f").unwrap(), Place::Fifo(Path::new("/run/f")));
-        assert_eq!(place("file:///var/log/x").unwrap(), Place::File(Path::new("/var/log/x")));
-        assert!(matches!(place("binary:///usr/bin/logger"), Err(PodError::Unsupported(_))));
+        assert_eq!(place("file:///var/log/x%20y?z").unwrap(), Place::File("/var/log/x y".into()));
+        assert!(matches!(place("binary:///usr/bin/logger"), Ok(Place::Logger(_))));
+        assert!(matches!(place("npipe:////./pipe"), Err(PodError::Unsupported(_))));
+        assert!(matches!(place("file://relative"), Err(PodError::Invalid(_))));
+    }
+
+    #[tokio::test]
+    async fn files_are_appended_to_and_take_both_streams() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("new/folder/log");
+        let paths = StdioPaths { stdout: format!("file://{}", log.display()), ..Default::default() };
+        for _ in 0..2 {
+            let ends = Ends::open(&paths).unwrap();
+            for (sink, text) in [(ends.stdout, "out\n"), (ends.stderr, "err\n")] {
+                let (near, mut far) = Stream::pair().unwrap();
+                far.write_all(text.as_bytes()).await.unwrap();
+                drop(far);
+                drain(near, sink.unwrap()).await;
+            }
+        }
+        assert_eq!(std::fs::read_to_string(&log).unwrap(), "out\nerr\nout\nerr\n");
     }
 
     fn fifo(dir: &tempfile::TempDir, name: &str) -> PathBuf {

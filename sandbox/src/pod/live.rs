@@ -27,6 +27,8 @@ const NAME: &str = "live";
 /// What every mount gets: neither devices nor programs of the shares work for the file server.
 const HARMLESS: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
 
+/// Kind of a tmpfs (linux/magic.h).
+const TMPFS_MAGIC: i64 = 0x0102_1994;
 /// Directory of the share in the run directory.
 const LIVE_DIR: &str = "live";
 
@@ -37,6 +39,8 @@ pub(super) struct LiveShare {
     next: AtomicU64,
     /// What is bound: containers that share a volume share its pages in the guest.
     bound: Mutex<BTreeMap<Source, Weak<LiveMount>>>,
+    /// What stands for the host's shared memory: a name in the guest for each path.
+    memory: Mutex<BTreeMap<PathBuf, String>>,
     /// Goes after the mounts.
     _run_dir: RunDir,
 }
@@ -54,6 +58,7 @@ impl Drop for RunDir {
 /// Removes a run directory that nobody uses any more; it is no error if it is not there.
 pub fn clean(run_dir: &Path) {
     let Ok(entries) = std::fs::read_dir(run_dir) else { return };
+    super::cgroup::clean(run_dir);
     for entry in entries.flatten() {
         let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
         let path = entry.path();
@@ -88,8 +93,13 @@ impl LiveShare {
         let flags = MountFlags::NODEV | MountFlags::NOSUID | MountFlags::NOEXEC;
         // Mount points only.
         mount("hyper", dir.as_path(), "tmpfs", flags, Some(c"mode=0755,size=1m")).map_err(fail)?;
-        let share =
-            Self { dir: Arc::new(dir), next: AtomicU64::new(0), bound: Mutex::default(), _run_dir: undo };
+        let share = Self {
+            dir: Arc::new(dir),
+            next: AtomicU64::new(0),
+            bound: Mutex::default(),
+            memory: Mutex::default(),
+            _run_dir: undo,
+        };
         mount_change(share.dir.as_path(), MountPropagationFlags::SHARED)
             .map_err(|errno| PodError::io("make a share at", share.dir.as_path(), errno))?;
         Ok(share)
@@ -103,6 +113,13 @@ impl LiveShare {
     fn place(&self) -> LiveMount {
         let name = self.next.fetch_add(1, Ordering::Relaxed).to_string();
         LiveMount { dir: Arc::clone(&self.dir), name }
+    }
+
+    /// The guest's name for shared memory of the host; the same for all containers that have it.
+    pub(super) fn memory_name(&self, source: &Path) -> String {
+        let mut names = held(&self.memory);
+        let next = names.len().to_string();
+        names.entry(source.to_owned()).or_insert(next).clone()
     }
 
     /// Mounts a root.
@@ -201,6 +218,11 @@ pub(super) fn bind_at(
 pub(super) fn size_bytes(path: &Path) -> Option<u64> {
     let data = rustix::fs::statvfs(path).ok()?;
     data.f_blocks.checked_mul(data.f_frsize).filter(|bytes| *bytes > 0)
+}
+
+/// Whether a place lies in memory, or is not there: what the host's tools make for `/dev/shm` does.
+pub(super) fn is_memory(path: &Path) -> bool {
+    rustix::fs::statfs(path).map_or(true, |data| data.f_type == TMPFS_MAGIC)
 }
 
 /// Makes a directory that only we can enter.

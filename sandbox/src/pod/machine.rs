@@ -9,11 +9,12 @@ use tokio::sync::{Notify, watch};
 
 use super::bays::{Bays, MAX_BAYS};
 use super::growth::{self, Growth, Room};
+use super::cgroup::HostCgroup;
 use super::live::LiveShare;
 use super::netns::PodNetwork;
 use super::{PodError, SandboxSpec, until_ended};
 use crate::dirs::{Dirs, Parts};
-use crate::launch::{Agent, Guest, GuestPlan, MemorySizing, Steps, scaled_ms};
+use crate::launch::{Agent, DEFAULT_BOOT_MS, Guest, GuestPlan, MemorySizing, Steps, VmError, scaled_ms};
 
 /// How long an orderly end may take before the caller no longer waits; the machine is ended by force soon after.
 const STOP_MS: u64 = 30_000;
@@ -50,6 +51,8 @@ impl Machine {
         std::fs::create_dir_all(parent).map_err(|source| PodError::io("make", parent, source))?;
         super::clean(&spec.run_dir);
         let live = LiveShare::make(&spec.run_dir)?;
+        // Undone after the machine, which is in it.
+        let cgroup = HostCgroup::make(&spec.cgroup, &spec.run_dir)?;
         let (network, nets) = PodNetwork::enter(spec.netns.as_deref())?;
         let mut sizing = MemorySizing::load(&Dirs::from_env().data.join("templates"), parts);
         let vm_mem_mib = sizing.vm_mem_mib(spec.mem_mib, spec.vcpus);
@@ -66,10 +69,22 @@ impl Machine {
             nets,
             shares: vec![live.plan()],
             kernel_args: spec.kernel_args.clone(),
+            cgroups: cgroup.entrances()?,
+            boot_ms: spec.boot_timeout_ms.map_or(DEFAULT_BOOT_MS, u64::from),
         };
-        let guest = Guest::start(plan, parts, &mut Steps::begin()).await?;
         let configure = ConfigureRequest { hostname: spec.hostname.clone(), ..Default::default() };
-        let configured = guest.configure(configure).await?;
+        let started = async {
+            let guest = Guest::start(plan, parts, &mut Steps::begin()).await?;
+            let configured = guest.configure(configure).await?;
+            Ok::<_, VmError>((guest, configured))
+        };
+        let (guest, configured) = match started.await {
+            Ok(both) => both,
+            Err(error) => {
+                cgroup.remove().await;
+                return Err(error.into());
+            }
+        };
         if let Err(error) = sizing.learn(vm_mem_mib, spec.vcpus, configured.mem_total_bytes) {
             tracing::debug!(%error, "nothing is learned");
         }
@@ -80,7 +95,7 @@ impl Machine {
         let (tell, ended) = watch::channel(None);
         let stop = Arc::new(Stop::default());
         let machine = Self { pid: guest.pid(), stop: Arc::clone(&stop), ended };
-        tokio::spawn(watch_over(guest, stop, tell));
+        tokio::spawn(watch_over(guest, cgroup, stop, tell));
         Ok(Started { machine, agent, live, network, growth, bays })
     }
 
@@ -109,9 +124,13 @@ impl Drop for Machine {
 }
 
 /// Holds the machine until it ends or is to end.
-async fn watch_over(guest: Guest, stop: Arc<Stop>, tell: watch::Sender<Option<String>>) {
+async fn watch_over(guest: Guest, cgroup: HostCgroup, stop: Arc<Stop>, tell: watch::Sender<Option<String>>) {
     let end = tokio::select! {
-        end = guest.ended() => end.message(),
+        end = guest.ended() => {
+            let end = end.message();
+            drop(guest);
+            end
+        }
         () = stop.wished.notified() => {
             if stop.orderly.load(Ordering::SeqCst) {
                 guest.shutdown().await;
@@ -121,5 +140,6 @@ async fn watch_over(guest: Guest, stop: Arc<Stop>, tell: watch::Sender<Option<St
             "the virtual machine was ended".to_owned()
         }
     };
+    cgroup.remove().await;
     tell.send_replace(Some(end));
 }

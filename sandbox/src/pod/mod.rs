@@ -13,11 +13,12 @@
 //! machine live as long as their descriptors. Whoever calls owns the ids and the bundles.
 //!
 //! Files: `live` (what the guest sees of the host's files), `mounts` (rootfs), `translate` (OCI specification of the host to that of
-//! the guest), `netns` (interfaces, TAPs, redirection), `rtnetlink`, `loopback` (port-forward), `io` (FIFOs), `process`, `container`, `machine`, `growth`
-//! (how large it is while it runs), `bays` (disks that come and go), `disks` (a root of disks), `devices` (block devices of
-//! the host), `hooks`, `error`.
+//! the guest), `netns` (interfaces, TAPs, redirection), `rtnetlink`, `loopback` (port-forward), `io` (FIFOs and files), `logger`,
+//! `process`, `container`, `cgroup` (the host's), `machine`, `growth` (how large it is while it runs), `bays` (disks that come and
+//! go), `disks` (a root of disks), `devices` (block devices of the host), `hooks`, `error`.
 
 mod bays;
+mod cgroup;
 mod container;
 mod devices;
 mod disks;
@@ -26,6 +27,7 @@ mod growth;
 mod hooks;
 mod io;
 mod live;
+mod logger;
 mod loopback;
 mod machine;
 mod mounts;
@@ -90,6 +92,12 @@ pub struct SandboxSpec {
     pub netns: Option<PathBuf>,
     /// More words for the guest kernel's command line.
     pub kernel_args: Vec<String>,
+    /// Control group of the host that VMM and file server are counted in, as `linux.cgroupsPath` has it; empty: that of this process.
+    pub cgroup: String,
+    /// containerd's namespace, for loggers.
+    pub namespace: String,
+    /// How long the guest may take until its agent serves, ms; `None`: the usual minute.
+    pub boot_timeout_ms: Option<u32>,
 }
 
 /// Something that happened to a container, in order.
@@ -159,6 +167,7 @@ pub struct Sandbox {
     hostname: Mutex<String>,
     /// The namespace's loopback is the guest's, if the host's kernel can do that.
     _forwarding: Option<Forwarding>,
+    namespace: String,
 }
 
 impl std::fmt::Debug for Sandbox {
@@ -197,6 +206,7 @@ impl Sandbox {
             events,
             hostname: Mutex::default(),
             _forwarding: forwarding,
+            namespace: spec.namespace,
         });
         tokio::spawn(watch_memory(Arc::downgrade(&sandbox)));
         Ok(sandbox)

@@ -15,6 +15,7 @@ use tokio::time::timeout;
 
 use super::container::PodContainer;
 use super::io::{Ends, Input, Pumps, StdioPaths};
+use super::logger::ENDED_MS;
 use super::{END_MS, EventSink, PodEvent, held, now, until_ended};
 use crate::clock::Timestamp;
 use crate::launch::{Agent, context, scaled_ms};
@@ -81,6 +82,8 @@ pub(super) struct Process {
     pub(super) gate: tokio::sync::Mutex<()>,
     inner: Mutex<Inner>,
     exit: watch::Sender<Option<ProcessExit>>,
+    /// Its loggers have ended, too.
+    logged: watch::Sender<bool>,
 }
 
 impl Process {
@@ -92,6 +95,7 @@ impl Process {
             gate: tokio::sync::Mutex::new(()),
             inner: Mutex::new(inner),
             exit: watch::channel(None).0,
+            logged: watch::channel(false).0,
         })
     }
 
@@ -109,6 +113,15 @@ impl Process {
 
     pub(super) fn exits(&self) -> watch::Receiver<Option<ProcessExit>> {
         self.exit.subscribe()
+    }
+
+    /// Waits until the loggers of a process that has ended have done so, too: a bounded while.
+    pub(super) async fn until_logged(&self) {
+        if self.exit().is_some() {
+            let mut logged = self.logged.subscribe();
+            // The sender is ours.
+            let _ = timeout(scaled_ms(ENDED_MS), logged.wait_for(|logged| *logged)).await;
+        }
     }
 
     fn end(&self, exit: ProcessExit) -> bool {
@@ -138,8 +151,8 @@ pub(super) async fn watch_over(
     pumps: Pumps,
 ) {
     let (exit, for_memory) = until_exit(&around, &container.id, &process.exec).await;
-    pumps.finish().await;
-    let _gate = process.gate.lock().await;
+    let loggers = pumps.finish().await;
+    let gate = process.gate.lock().await;
     if process.exec.is_empty() {
         let others = container.others_ended();
         if timeout(scaled_ms(OTHERS_MS), others).await.is_err() {
@@ -154,6 +167,12 @@ pub(super) async fn watch_over(
         let (container, exec) = (container.id.clone(), process.exec.clone());
         (around.events)(PodEvent::Exited { container, exec, exit });
     }
+    drop(gate);
+    // A logger may wait for that event before it ends.
+    for logger in loggers {
+        logger.end().await;
+    }
+    process.logged.send_replace(true);
 }
 
 /// How a process ended, and whether the kernel killed something in its container for want of memory.

@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 
 use hyper_protocol::MAX_OCI_SPEC_BYTES;
 use hyper_protocol::rpc::agent::{TmpfsSource, mount};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use super::PodError;
 use super::devices::{self, HostDevice};
 use super::growth::Claim;
 use super::hooks::Hooks;
-use super::live::size_bytes;
+use super::live::{is_memory, size_bytes};
 
 /// Most bind mounts of one container: each is a mount in the file server and one in the guest.
 const MAX_MOUNTS: usize = 128;
@@ -56,6 +56,8 @@ pub(super) struct Translated {
     pub(super) volumes: Vec<Volume>,
     /// Container whose pid namespace is joined.
     pub(super) pid_namespace_of: Option<String>,
+    /// Container whose IPC namespace is joined.
+    pub(super) ipc_namespace_of: Option<String>,
     /// What runs on the host.
     pub(super) hooks: Hooks,
     /// What it may use of the machine.
@@ -69,6 +71,8 @@ pub(super) struct Translated {
 pub(super) enum Volume {
     /// A directory or file of the host.
     Bind { source: PathBuf, destination: String, read_only: bool },
+    /// Memory that the host's tools made for several containers: one file system in the guest for each such `source`.
+    Shared { source: PathBuf, size_bytes: u64, destination: String, read_only: bool },
     /// Memory of the guest.
     Memory { source: mount::Source, destination: String, read_only: bool },
 }
@@ -101,7 +105,8 @@ pub(super) fn container(config: &[u8], bundle: &Path, pod_hostname: &str) -> Res
     let root = bundle.join(text(&spec, "/root/path"));
     let root_read_only = spec.pointer("/root/readonly").and_then(Value::as_bool).unwrap_or_default();
     let (terminal, size) = console(spec.get("process").unwrap_or(&Value::Null));
-    let pid_namespace_of = joins_pids(&spec).then(|| text_of_annotation(&spec, SANDBOX_ID)).flatten();
+    let joined = |kind| joins(&spec, kind).then(|| text_of_annotation(&spec, SANDBOX_ID)).flatten();
+    let (pid_namespace_of, ipc_namespace_of) = (joined("pid"), joined("ipc"));
     let hostname = match text(&spec, "/hostname") {
         "" => pod_hostname.to_owned(),
         own => own.to_owned(),
@@ -129,6 +134,7 @@ pub(super) fn container(config: &[u8], bundle: &Path, pod_hostname: &str) -> Res
         size,
         volumes,
         pid_namespace_of,
+        ipc_namespace_of,
         hooks,
         claim,
         devices,
@@ -187,9 +193,9 @@ fn check_namespaces(spec: &Value) -> Result<(), PodError> {
     Ok(())
 }
 
-/// A pid namespace with a path is that of the pod's sandbox.
-fn joins_pids(spec: &Value) -> bool {
-    namespaces(spec).any(|(kind, path)| kind == "pid" && !path.is_empty())
+/// A namespace with a path is that of the pod's sandbox.
+fn joins(spec: &Value, wanted: &str) -> bool {
+    namespaces(spec).any(|(kind, path)| kind == wanted && !path.is_empty())
 }
 
 /// Leaves what a guest has; returns the host's block devices that the container is to have.
@@ -235,11 +241,8 @@ fn mounts(spec: &Value) -> Result<(Vec<Value>, Vec<Volume>), PodError> {
         let is_bind = text(one, "/type") == "bind" || options.iter().any(|o| matches!(*o, "bind" | "rbind"));
         if is_bind {
             let source = PathBuf::from(text(one, "/source"));
-            if destination == "/dev/shm" {
-                kernel.push(shared_memory(&source));
-                continue;
-            }
-            volumes.push(bind(source, destination, &options)?);
+            let bound = bind(source, destination, &options)?;
+            volumes.push(if destination == "/dev/shm" { shared_memory(bound) } else { bound });
         } else if text(one, "/type") == "tmpfs" && !volumes.is_empty() {
             // It may lie in a volume.
             volumes.push(memory(destination, &options));
@@ -253,12 +256,15 @@ fn mounts(spec: &Value) -> Result<(Vec<Value>, Vec<Volume>), PodError> {
     Ok((kernel, volumes))
 }
 
-/// Shared memory of the guest, as large as the host's.
-fn shared_memory(source: &Path) -> Value {
-    let size = size_bytes(source).unwrap_or(crate::DEFAULT_SHM_BYTES);
-    let size = format!("size={size}");
-    json!({"destination": "/dev/shm", "type": "tmpfs", "source": "shm",
-           "options": ["nosuid", "noexec", "nodev", "mode=1777", size]})
+/// Shared memory of the guest, as large as the host's; a folder of another file system than tmpfs is a volume like any other.
+fn shared_memory(bound: Volume) -> Volume {
+    match bound {
+        Volume::Bind { source, destination, read_only } if is_memory(&source) => {
+            let size_bytes = size_bytes(&source).unwrap_or(crate::DEFAULT_SHM_BYTES);
+            Volume::Shared { source, size_bytes, destination, read_only }
+        }
+        other => other,
+    }
 }
 
 fn bind(source: PathBuf, destination: &str, options: &[&str]) -> Result<Volume, PodError> {
@@ -300,6 +306,8 @@ fn bytes(text: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn spec() -> Value {
@@ -314,7 +322,7 @@ mod tests {
                 { "destination": "/tmp", "type": "tmpfs", "source": "tmpfs" },
                 { "destination": "/data", "type": "bind", "source": "/srv", "options": ["rbind", "ro"] },
                 { "destination": "/data/tmp", "type": "tmpfs", "options": ["size=64m", "mode=0700", "noexec"] },
-                { "destination": "/dev/shm", "type": "bind", "source": "/nonexistent", "options": ["rbind"] },
+                { "destination": "/dev/shm", "type": "bind", "source": "/dev/shm", "options": ["rbind", "ro"] },
             ],
             "linux": {
                 "cgroupsPath": "/x",
@@ -337,7 +345,7 @@ mod tests {
         assert_eq!(done.root, Path::new("/bundle/rootfs"));
         assert!(done.root_read_only && done.terminal);
         assert_eq!((done.size, done.hostname.as_str()), (Some((50, 120)), "box"));
-        assert_eq!(done.pid_namespace_of, None);
+        assert_eq!((done.pid_namespace_of, done.ipc_namespace_of), (None, None));
         let oci: Value = serde_json::from_slice(&done.oci).unwrap();
         assert_eq!((oci.get("annotations"), oci.get("hooks")), (None, None));
         assert_eq!(oci["hostname"], "box");
@@ -350,13 +358,31 @@ mod tests {
         );
         let kernel: Vec<_> =
             oci["mounts"].as_array().unwrap().iter().map(|m| text(m, "/destination")).collect();
-        assert_eq!(kernel, ["/proc", "/tmp", "/dev/shm"]);
+        assert_eq!(kernel, ["/proc", "/tmp"]);
         assert_eq!(
             done.volumes[0],
             Volume::Bind { source: "/srv".into(), destination: "/data".into(), read_only: true }
         );
         let Volume::Memory { source: mount::Source::Tmpfs(tmpfs), .. } = &done.volumes[1] else { panic!() };
         assert_eq!((tmpfs.size_bytes, tmpfs.mode, tmpfs.noexec), (64 << 20, 0o700, true));
+    }
+
+    #[test]
+    fn shared_memory_of_the_host_is_memory_of_the_guest() {
+        let Volume::Shared { source, size_bytes, read_only, .. } =
+            translated(&spec()).unwrap().volumes.remove(2)
+        else {
+            panic!("it is a tmpfs")
+        };
+        assert_eq!(
+            (source.as_path(), Some(size_bytes), read_only),
+            (Path::new("/dev/shm"), super::size_bytes(&source), true)
+        );
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let mut on_disk = spec();
+        on_disk["mounts"][4]["source"] = json!(dir.path());
+        let volume = translated(&on_disk).unwrap().volumes.remove(2);
+        assert_eq!(matches!(volume, Volume::Shared { .. }), is_memory(dir.path()), "{volume:?}");
     }
 
     #[test]
@@ -369,7 +395,10 @@ mod tests {
         }
         let mut spec = spec();
         spec["linux"]["namespaces"][0] = json!({"type": "pid", "path": "/proc/7/ns/pid"});
-        assert_eq!(translated(&spec).unwrap().pid_namespace_of.as_deref(), Some("pod1"));
+        spec["linux"]["namespaces"][1] = json!({"type": "ipc", "path": "/proc/7/ns/ipc"});
+        let joins = translated(&spec).unwrap();
+        assert_eq!(joins.pid_namespace_of.as_deref(), Some("pod1"));
+        assert_eq!(joins.ipc_namespace_of.as_deref(), Some("pod1"));
     }
 
     #[test]

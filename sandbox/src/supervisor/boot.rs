@@ -13,7 +13,9 @@ use protobuf::MessageField;
 use super::run::Streams;
 use super::shared::Shared;
 use crate::config::{ConfigError, ContainerConfig, MountConfig, NetworkMode};
-use crate::launch::{self, DiskPlan, Guest, GuestPlan, MemorySizing, NetPlan, SharePlan, Steps, rpc_error};
+use crate::launch::{
+    self, DEFAULT_BOOT_MS, DiskPlan, Guest, GuestPlan, MemorySizing, NetPlan, SharePlan, Steps, rpc_error,
+};
 use crate::network::dns::NameService;
 use crate::network::publish::Listeners;
 use crate::network::resolv::{HostResolver, upstreams};
@@ -82,6 +84,8 @@ pub(super) async fn machine(
         nets: net.into_iter().collect(),
         shares,
         kernel_args: config.kernel_args.clone(),
+        boot_ms: DEFAULT_BOOT_MS,
+        cgroups: Vec::new(),
     };
     let guest = Guest::start(plan, home.parts(), steps).await?;
     let configured = guest.configure(configure(config, id, link.as_ref())).await?;

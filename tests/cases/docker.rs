@@ -6,6 +6,7 @@ use hyper_tests::{Docker, host, wait_for};
 fn run_prints_and_returns_the_code() {
     let docker = Docker::start();
     docker.run("--rm busybox sh -c").arg("uname -r; exit 7").fails(7).shows("-hyper");
+    docker.leaves_nothing();
 }
 
 #[test]
@@ -17,6 +18,7 @@ fn network_and_ports_are_dockers() {
     });
     docker.docker("exec web ip -4 addr show eth0").ok().shows("172.17.");
     docker.docker("rm -f web").ok();
+    docker.leaves_nothing();
 }
 
 #[test]

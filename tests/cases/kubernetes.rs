@@ -30,7 +30,7 @@ fn pod_goes_through_its_life(release: Release, handler: &str) {
     assert_eq!(failed.error(), "to stderr");
     pod.exec(&web, "touch /fixed/no").fails(1);
     pod.cri(&format!("exec {cat} wc -c")).stdin(vec![b'x'; 100_000]).ok().says("100000");
-    pod.cri(&format!("exec-tty {web} tty")).ok().shows("/dev/pts/");
+    pod.cri_on_terminal(&format!("exec-tty {web} tty")).ok().shows("/dev/pts/");
     pod.cri(&format!("attach {cat}")).stdin("a line\n").start().signal("INT");
     pod.logs("cat", "got a line");
 

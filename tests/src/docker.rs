@@ -2,7 +2,7 @@
 //!
 //! Debian 12's own engine, 20.10, takes runtimes of containerd's API from nobody: those came with 23.0.
 
-use crate::containerd::{peers, show_log};
+use crate::containerd::{Containerd, peers, show_log};
 use crate::program::{Run, Running, host};
 use crate::{Scratch, fixtures, given, wait_for};
 
@@ -11,23 +11,25 @@ use crate::{Scratch, fixtures, given, wait_for};
 pub struct Docker {
     scratch: Scratch,
     daemon: Option<Running>,
+    containerd: Containerd,
 }
 
 impl Docker {
     /// Starts one with the image busybox.
     #[must_use]
     pub fn start() -> Self {
-        let scratch = Scratch::new();
+        let (scratch, containerd) = (Scratch::new(), Containerd::start_for_docker());
         let path = scratch.path().display();
         let bin = given("HYPER_TEST_PREFIX").join("bin");
         let script = format!(
             "DOCKER_MIN_API_VERSION=1.41 PATH={}:{}:$PATH:/usr/sbin:/sbin exec dockerd --host unix://{path}/sock --data-root {path}/data \
-             --exec-root {path}/exec --pidfile {path}/pid --storage-driver overlay2 >{path}/log 2>&1",
+             --exec-root {path}/exec --pidfile {path}/pid --containerd {} --storage-driver overlay2 >{path}/log 2>&1",
             bin.display(),
-            peers().display()
+            peers().display(),
+            containerd.scratch().join("sock"),
         );
         let daemon = Some(host(&script).within(3600).start());
-        let docker = Self { scratch, daemon };
+        let docker = Self { scratch, daemon, containerd };
         wait_for("dockerd", || docker.docker("version").done().code_is(0).then_some(()));
         docker.docker("load -q -i").arg(&fixtures().join("archives/busybox.tar").to_string_lossy()).ok();
         docker
@@ -45,6 +47,11 @@ impl Docker {
     #[must_use]
     pub fn run(&self, words: &str) -> Run {
         self.docker(&format!("run --runtime {} {words}", crate::RUNTIME))
+    }
+
+    /// Nothing of a container is left on the host.
+    pub fn leaves_nothing(&self) {
+        self.containerd.leaves_nothing();
     }
 
     /// Where its files are.

@@ -100,6 +100,19 @@ impl<'a> Pod<'a> {
         cri(self.containerd, words)
     }
 
+    /// A verb whose standard input stays open: with a terminal the end of input is the end of everything.
+    #[must_use]
+    pub fn cri_on_terminal(&self, words: &str) -> Run {
+        let fifo = self.folder.join("never-ending");
+        let script = format!(
+            "rm -f {fifo}; mkfifo {fifo}; exec {}/cri {} \"$@\" <>{fifo}",
+            peers().display(),
+            self.containerd.scratch().join("sock"),
+            fifo = fifo.display(),
+        );
+        words.split_whitespace().fold(host(&script).arg("cri"), |run, word| run.arg(word))
+    }
+
     /// Makes a container of busybox that runs a shell script; `more` is mixed into its configuration.
     #[must_use]
     pub fn create(&self, name: &str, script: &str, more: &Value) -> String {

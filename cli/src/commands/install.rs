@@ -146,9 +146,16 @@ fn with_block(config: &str) -> Result<String, CliError> {
     if plain.contains(&table) {
         return Err(CliError::failed(format!("the configuration of containerd has {table} already")));
     }
+    // A handler that is named replaces those that containerd 1.x has by itself, and without its default one it has no pods at all.
+    let others = format!("[plugins.\"{plugin}\".containerd.runtimes.");
+    let default = if plugin == PLUGIN_V2 && !plain.contains(&others) {
+        format!("{others}runc]\n  runtime_type = \"io.containerd.runc.v2\"\n")
+    } else {
+        String::new()
+    };
     let newline = if plain.is_empty() || plain.ends_with('\n') { "" } else { "\n" };
     Ok(format!(
-        "{plain}{newline}{BEGIN}{table}\n  runtime_type = \"io.containerd.hyper.v2\"\n  pod_annotations = [\"io.hyper.*\"]\n{END}"
+        "{plain}{newline}{BEGIN}{default}{table}\n  runtime_type = \"io.containerd.hyper.v2\"\n  pod_annotations = [\"io.hyper.*\"]\n{END}"
     ))
 }
 
@@ -164,6 +171,15 @@ mod tests {
             assert_eq!(with_block(&with).unwrap(), with, "once");
             assert_eq!(without_block(&with).trim_end(), config.trim_end());
         }
+    }
+
+    #[test]
+    fn containerd_one_keeps_a_default_handler() {
+        let runc = format!("[plugins.\"{PLUGIN_V2}\".containerd.runtimes.runc]");
+        assert!(with_block("version = 2\n").unwrap().contains(&runc));
+        let own = format!("version = 2\n{runc}\n");
+        assert_eq!(with_block(&own).unwrap().matches(&runc).count(), 1);
+        assert!(!with_block("version = 3\n").unwrap().contains("runc"));
     }
 
     #[test]

@@ -8,8 +8,8 @@ use hyper_protocol::rpc::agent::ConfigureRequest;
 use tokio::sync::{Notify, watch};
 
 use super::bays::{Bays, MAX_BAYS};
-use super::growth::{self, Growth, Room};
 use super::cgroup::HostCgroup;
+use super::growth::{self, Growth, Room};
 use super::live::LiveShare;
 use super::netns::PodNetwork;
 use super::{PodError, SandboxSpec, until_ended};

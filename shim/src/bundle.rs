@@ -14,6 +14,10 @@ const SANDBOX_IDS: [&str; 2] = ["io.kubernetes.cri.sandbox-id", "io.kubernetes.c
 const POD_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 const POD_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
 const POD_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+/// And with what they ask for: a pod without a quota is as large as that.
+const POD_SHARES: &str = "io.kubernetes.cri.sandbox-cpu-shares";
+/// Shares of a whole processor.
+pub(crate) const SHARES: i64 = 1024;
 /// Most vCPUs of a machine.
 const MAX_VCPUS: u64 = 32;
 /// Most memory of a machine, MiB (1 TiB less what the guest's kernel needs).
@@ -86,7 +90,9 @@ impl Bundle {
         let quota = pod(POD_QUOTA).filter(|quota| *quota > 0);
         let quota = quota
             .zip(pod(POD_PERIOD))
-            .or_else(|| number("/linux/resources/cpu/quota").zip(number("/linux/resources/cpu/period")));
+            .or_else(|| number("/linux/resources/cpu/quota").zip(number("/linux/resources/cpu/period")))
+            .filter(|(quota, _)| *quota > 0)
+            .or_else(|| pod(POD_SHARES).map(|shares| (shares, SHARES)));
         size(memory, quota)
     }
 }
@@ -136,6 +142,9 @@ mod tests {
                 "io.kubernetes.cri.sandbox-cpu-quota":"300000","io.kubernetes.cri.sandbox-cpu-period":"100000"}}"#,
         );
         assert_eq!(pod.size(), Size { vcpus: 3, mem_mib: 1024 + 64 });
+        let requests = r#"{"annotations":{"io.kubernetes.cri.sandbox-cpu-shares":"2049",
+            "io.kubernetes.cri.sandbox-cpu-quota":"0","io.kubernetes.cri.sandbox-cpu-period":"100000"}}"#;
+        assert_eq!(bundle(requests).size(), Size { vcpus: 3, ..default });
         assert_eq!(size(Some(-1), Some((-1, 100_000))), default);
         let most = size(Some(i64::MAX), Some((i64::MAX, 1)));
         assert_eq!((most.vcpus, most.mem_mib), (32, 1_000_000));

@@ -17,7 +17,7 @@ use containerd_shim_protos::ttrpc::{Code, Result as TtrpcResult};
 use containerd_shim_protos::types::platform::Platform;
 use hyper_sandbox::Timestamp;
 
-use crate::bundle::{Size, size};
+use crate::bundle::{SHARES, Size, size};
 use crate::service::Service;
 use crate::{encode, status};
 
@@ -56,7 +56,8 @@ fn wished_size(request: &CreateSandboxRequest) -> Size {
     let number = |name: &str| request.annotations.get(name).and_then(|text| text.parse::<i64>().ok());
     let quota = number("io.kubernetes.cri.sandbox-cpu-quota").filter(|quota| *quota > 0);
     let memory = number("io.kubernetes.cri.sandbox-memory").filter(|bytes| *bytes > 0);
-    size(memory, quota.zip(number("io.kubernetes.cri.sandbox-cpu-period")))
+    let shares = number("io.kubernetes.cri.sandbox-cpu-shares").map(|shares| (shares, SHARES));
+    size(memory, quota.zip(number("io.kubernetes.cri.sandbox-cpu-period")).or(shares))
 }
 
 #[async_trait]

@@ -17,6 +17,10 @@ const SANDBOX_IDS: [&str; 2] = ["io.kubernetes.cri.sandbox-id", "io.kubernetes.c
 const POD_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 const POD_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
 const POD_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+/// And with what they ask for: a pod without a quota is as large as that.
+const POD_SHARES: &str = "io.kubernetes.cri.sandbox-cpu-shares";
+/// Shares of a whole processor.
+const SHARES: i64 = 1024;
 /// Memory beside that of the containers, for what the guest itself needs, MiB.
 const GUEST_MIB: u64 = hyper_sandbox::pod::GUEST_MIB as u64;
 /// Why a bundle cannot be used.
@@ -88,6 +92,7 @@ impl Bundle {
         let memory = memory.or_else(|| number("/linux/resources/memory/limit"));
         let quota =
             quota.or_else(|| number("/linux/resources/cpu/quota").zip(number("/linux/resources/cpu/period")));
+        let quota = quota.filter(|(quota, _)| *quota > 0).or_else(|| shares(&|name| self.annotation(name)));
         config.size(memory, quota, GUEST_MIB)
     }
 }
@@ -97,8 +102,16 @@ pub(crate) fn pod_size(
     annotations: &std::collections::HashMap<String, String>,
     config: &Config,
 ) -> Result<Size, ConfigError> {
-    let (memory, quota) = pod_limits(&|name| annotations.get(name).map(String::as_str));
+    let find = |name: &str| annotations.get(name).map(String::as_str);
+    let (memory, quota) = pod_limits(&find);
+    let quota = quota.or_else(|| shares(&find));
     config.size(memory, quota, GUEST_MIB)
+}
+
+/// What the pod asks for, as a quota.
+fn shares<'a>(annotation: &dyn Fn(&str) -> Option<&'a str>) -> Option<(i64, i64)> {
+    let shares = annotation(POD_SHARES).and_then(|text| text.parse::<i64>().ok());
+    shares.filter(|shares| *shares > 0).map(|shares| (shares, SHARES))
 }
 
 type Limits = (Option<i64>, Option<(i64, i64)>);
@@ -142,6 +155,9 @@ mod tests {
         let annotations = bundle(json).annotations();
         assert_eq!(annotations.len(), 3);
         assert_eq!(pod_size(&annotations.into_iter().collect(), &Config::default()).unwrap(), pod);
+        let requests = r#"{"annotations":{"io.kubernetes.cri.sandbox-cpu-shares":"2049",
+            "io.kubernetes.cri.sandbox-cpu-quota":"0","io.kubernetes.cri.sandbox-cpu-period":"100000"}}"#;
+        assert_eq!(size(requests).vcpus, 3);
     }
 
     #[test]

@@ -10,13 +10,14 @@
 //! the network namespace belong to it.
 //!
 //! Files: `start` and `delete` (the two short-lived actions), `serve` (the long one), `service` (what the services share), `task`,
-//! `sandbox`, `publish` (events), `bundle` (config.json), `config` (the operator's), `encode` (messages), `status` (gRPC codes), `log`.
+//! `sandbox`, `publish` (events), `bundle` (config.json), `config` (the operator's), `encode` (messages), `status` (gRPC codes), `metrics`, `log`.
 
 mod bundle;
 mod config;
 mod delete;
 mod encode;
 mod log;
+mod metrics;
 mod publish;
 mod sandbox;
 mod serve;

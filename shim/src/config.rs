@@ -80,6 +80,8 @@ pub(crate) struct Config {
     pub(crate) kernel: Option<PathBuf>,
     pub(crate) initramfs: Option<PathBuf>,
     pub(crate) log_level: Option<String>,
+    /// Prometheus text on a socket.
+    pub(crate) metrics: bool,
     allowed_annotations: BTreeSet<Setting>,
     /// Set by an annotation, so that it counts more than what the pod's resources ask for.
     #[serde(skip)]
@@ -313,7 +315,7 @@ mod tests {
         let lines: Vec<_> =
             spoken.lines().filter(|line| !line.starts_with(' ') && line.contains(" = ")).collect();
         let config = Config::of(&lines.join("\n")).unwrap();
-        assert_eq!(lines.len(), 9, "{lines:?}");
+        assert_eq!(lines.len(), 10, "{lines:?}");
         let size = |config: &Config| config.size(None, None, 64).unwrap();
         assert_eq!(size(&config), size(&Config::default()));
         assert_eq!((config.max_vcpus, config.max_memory_mib), (Some(MAX_VCPUS), Some(MAX_MEM_MIB)));

@@ -8,6 +8,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::fmt::format::FmtSpan;
 
 /// Writes what fits and drops the rest: a reader that is gone must not stop the shim.
 #[derive(Debug)]
@@ -60,6 +61,8 @@ pub(crate) fn start(bundle: &Path, debug: bool, id: &str) {
     let builder = tracing_subscriber::fmt()
         .with_ansi(false)
         .with_writer(Lossy(Mutex::new(fifo)))
+        // How long each call took, and the agent's part of it; calls are spans of the level debug.
+        .with_span_events(FmtSpan::CLOSE)
         .with_env_filter(own.unwrap_or_else(|| EnvFilter::new(level)))
         .with_filter_reloading();
     let handle = builder.reload_handle();

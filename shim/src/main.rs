@@ -10,7 +10,8 @@
 //! the network namespace belong to it.
 //!
 //! Files: `start`, `delete` and `info` (short-lived), `serve` (the long one), `service` (what the services share), `task`, `sandbox`,
-//! `publish` (events), `bundle` (config.json), `config` (the operator's), `encode` (messages), `status` (gRPC codes), `log`.
+//! `publish` (events), `bundle` (config.json), `config` (the operator's), `encode` (messages), `status` (gRPC codes), `metrics`,
+//! `log`.
 
 mod bundle;
 mod config;
@@ -18,6 +19,7 @@ mod delete;
 mod encode;
 mod info;
 mod log;
+mod metrics;
 mod publish;
 mod sandbox;
 mod serve;

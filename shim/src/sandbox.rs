@@ -20,7 +20,7 @@ use hyper_sandbox::Timestamp;
 use crate::bundle::pod_size;
 use crate::config::Config;
 use crate::service::{Service, Wish};
-use crate::{encode, status};
+use crate::{encode, metrics, status};
 
 /// States that containerd's CRI plugin knows.
 const READY: &str = "SANDBOX_READY";
@@ -188,9 +188,18 @@ impl Sandbox for SandboxService {
     async fn sandbox_metrics(
         &self,
         _: &TtrpcContext,
-        _: SandboxMetricsRequest,
+        r: SandboxMetricsRequest,
     ) -> TtrpcResult<SandboxMetricsResponse> {
-        Err(status::unimplemented("metrics of a sandbox"))
+        let sandbox = self.service.sandbox().await?;
+        let sum = metrics::sum(&metrics::of_containers(&sandbox).await);
+        let packed = encode::any(&encode::metrics(&sum));
+        let packed = packed.map_err(|error| status::status(Code::INTERNAL, &error.to_string()))?;
+        let mut response = SandboxMetricsResponse::new();
+        let metric = response.metrics.mut_or_insert_default();
+        metric.id = r.sandbox_id;
+        metric.timestamp = encode::time(Timestamp::now());
+        metric.data = MessageField::some(packed);
+        Ok(response)
     }
 }
 

@@ -45,7 +45,9 @@ pub(crate) fn run(flags: &Flags) -> Result<(), ShimError> {
     crate::log::start(&bundle, flags.debug, &flags.id);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(ShimError::io("start", "the runtime"))?;
-    runtime.block_on(serve(flags, &ttrpc))
+    // One thread: every line of the log is in this span, with the pod's id.
+    let pod = tracing::info_span!("pod", id = flags.id, namespace = flags.namespace);
+    pod.in_scope(|| runtime.block_on(serve(flags, &ttrpc)))
 }
 
 async fn serve(flags: &Flags, ttrpc: &str) -> Result<(), ShimError> {
@@ -72,9 +74,9 @@ async fn serve(flags: &Flags, ttrpc: &str) -> Result<(), ShimError> {
     server.start().await?;
     let ignored = tokio::spawn(ignore_signals());
     quiet()?;
-    tracing::info!(id = flags.id, namespace = flags.namespace, "serving");
+    tracing::info!("serving");
     service.done().await;
-    tracing::info!(id = flags.id, "ending");
+    tracing::info!("ending");
     drop(undo);
     service.end().await;
     match timeout(CLOSE_LIMIT, server.shutdown()).await {

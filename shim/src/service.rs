@@ -94,6 +94,12 @@ impl Service {
         tracing::info!(id, vcpus = size.vcpus, mem_mib = size.mem_mib, "starting the machine");
         let sandbox = Sandbox::start(spec, &parts, self.sink()).await.map_err(status::of_pod)?;
         self.pid.store(sandbox.pid(), Ordering::SeqCst);
+        if config.metrics
+            && let Err(error) = crate::metrics::serve(Arc::downgrade(&sandbox), &self.run_dir)
+        {
+            // A pod without metrics is better than none.
+            tracing::warn!(%error, "no metrics");
+        }
         *place = Some(Arc::clone(&sandbox));
         Ok(sandbox)
     }

@@ -124,15 +124,18 @@ fn done(result: Result<(), hyper_sandbox::pod::PodError>) -> TtrpcResult<Empty> 
 
 #[async_trait]
 impl Task for TaskService {
+    #[tracing::instrument(level = "debug", skip_all, fields(id = r.id))]
     async fn state(&self, _: &TtrpcContext, r: StateRequest) -> TtrpcResult<StateResponse> {
         self.describe(r).await
     }
 
+    #[tracing::instrument(level = "debug", skip_all, fields(id = r.id))]
     async fn create(&self, _: &TtrpcContext, r: CreateTaskRequest) -> TtrpcResult<CreateTaskResponse> {
         let id = r.id.clone();
         self.make(r).await.inspect_err(|error| tracing::warn!(id, %error, "create"))
     }
 
+    #[tracing::instrument(level = "debug", skip_all, fields(id = r.id))]
     async fn start(&self, _: &TtrpcContext, r: StartRequest) -> TtrpcResult<StartResponse> {
         let sandbox = self.0.sandbox().await?;
         let started = sandbox.start_process(&r.id, &r.exec_id).await;
@@ -142,20 +145,24 @@ impl Task for TaskService {
         Ok(StartResponse { pid: self.0.pid(), ..Default::default() })
     }
 
+    #[tracing::instrument(level = "debug", skip_all, fields(id = r.id))]
     async fn delete(&self, _: &TtrpcContext, r: DeleteRequest) -> TtrpcResult<DeleteResponse> {
         self.remove(r).await
     }
 
+    #[tracing::instrument(level = "debug", skip_all, fields(id = r.id))]
     async fn pids(&self, _: &TtrpcContext, r: PidsRequest) -> TtrpcResult<PidsResponse> {
         let pids = self.0.sandbox().await?.pids(&r.id).await.map_err(status::of_pod)?;
         let processes = pids.into_iter().map(|pid| ProcessInfo { pid, ..Default::default() }).collect();
         Ok(PidsResponse { processes, ..Default::default() })
     }
 
+    #[tracing::instrument(level = "debug", skip_all, fields(id = r.id))]
     async fn pause(&self, _: &TtrpcContext, r: PauseRequest) -> TtrpcResult<Empty> {
         done(self.0.sandbox().await?.pause(&r.id).await)
     }
 
+    #[tracing::instrument(level = "debug", skip_all, fields(id = r.id))]
     async fn resume(&self, _: &TtrpcContext, r: ResumeRequest) -> TtrpcResult<Empty> {
         done(self.0.sandbox().await?.resume(&r.id).await)
     }
@@ -164,10 +171,12 @@ impl Task for TaskService {
         Err(status::unimplemented("checkpoint"))
     }
 
+    #[tracing::instrument(level = "debug", skip_all, fields(id = r.id))]
     async fn kill(&self, _: &TtrpcContext, r: KillRequest) -> TtrpcResult<Empty> {
         done(self.0.sandbox().await?.kill(&r.id, &r.exec_id, r.signal, r.all).await)
     }
 
+    #[tracing::instrument(level = "debug", skip_all, fields(id = r.id))]
     async fn exec(&self, _: &TtrpcContext, r: ExecProcessRequest) -> TtrpcResult<Empty> {
         let paths = StdioPaths { stdin: r.stdin, stdout: r.stdout, stderr: r.stderr, terminal: r.terminal };
         // The specification is JSON in an Any, by containerd's custom.
@@ -175,10 +184,12 @@ impl Task for TaskService {
         done(self.0.sandbox().await?.exec(&r.id, &r.exec_id, &process, paths))
     }
 
+    #[tracing::instrument(level = "debug", skip_all, fields(id = r.id))]
     async fn resize_pty(&self, _: &TtrpcContext, r: ResizePtyRequest) -> TtrpcResult<Empty> {
         done(self.0.sandbox().await?.resize(&r.id, &r.exec_id, r.height, r.width).await)
     }
 
+    #[tracing::instrument(level = "debug", skip_all, fields(id = r.id))]
     async fn close_io(&self, _: &TtrpcContext, r: CloseIORequest) -> TtrpcResult<Empty> {
         let sandbox = self.0.sandbox().await?;
         if r.stdin {
@@ -187,6 +198,7 @@ impl Task for TaskService {
         done(sandbox.status(&r.id, &r.exec_id).map(drop))
     }
 
+    #[tracing::instrument(level = "debug", skip_all, fields(id = r.id))]
     async fn update(&self, _: &TtrpcContext, r: UpdateTaskRequest) -> TtrpcResult<Empty> {
         let Some(resources) = r.resources.into_option() else {
             return Err(status::status(Code::INVALID_ARGUMENT, "an update without resources"));
@@ -194,12 +206,14 @@ impl Task for TaskService {
         done(self.0.sandbox().await?.update(&r.id, &resources.value).await)
     }
 
+    #[tracing::instrument(level = "debug", skip_all, fields(id = r.id))]
     async fn wait(&self, _: &TtrpcContext, r: WaitRequest) -> TtrpcResult<WaitResponse> {
         let sandbox = self.0.sandbox().await?;
         let exit = sandbox.wait(&r.id, &r.exec_id).await.map_err(status::of_pod)?;
         Ok(WaitResponse { exit_status: exit.code, exited_at: encode::time(exit.at), ..Default::default() })
     }
 
+    #[tracing::instrument(level = "debug", skip_all, fields(id = r.id))]
     async fn stats(&self, _: &TtrpcContext, r: StatsRequest) -> TtrpcResult<StatsResponse> {
         let stats = self.0.sandbox().await?.stats(&r.id).await.map_err(status::of_pod)?;
         let packed = encode::any(&encode::metrics(&stats));
@@ -216,6 +230,7 @@ impl Task for TaskService {
         })
     }
 
+    #[tracing::instrument(level = "debug", skip_all, fields(id = r.id))]
     async fn shutdown(&self, _: &TtrpcContext, r: ShutdownRequest) -> TtrpcResult<Empty> {
         // Each container's client asks for it; the last one means it.
         if !self.0.is_kept() && self.0.is_empty().await {

@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
-use hyper_tests::Containerd;
+use hyper_tests::{Containerd, host};
 
 #[test]
 fn output_is_appended_to_a_file() {
@@ -78,5 +78,17 @@ fn mistakes_in_a_configuration_are_told() {
         "{}",
         done.error()
     );
+    containerd.leaves_nothing();
+}
+
+#[test]
+fn pods_have_metrics_when_they_are_wished() {
+    let containerd = Containerd::start();
+    let own = containerd.scratch().file("own.toml", "metrics = true\n");
+    containerd.run(&format!("-d --runtime-config-path {own} @busybox counted sleep 1000")).ok();
+    let ask = "curl -sf --unix-socket ${HYPER_RUN:-/run/hyper}/pods/*/metrics http://pod/metrics";
+    let text = host(ask).ok();
+    text.shows("hyper_containers 1\n").shows("hyper_container_processes{container=\"counted\"} 1");
+    containerd.ctr("task rm -f counted").ok();
     containerd.leaves_nothing();
 }

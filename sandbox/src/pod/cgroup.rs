@@ -115,6 +115,14 @@ impl HostCgroup {
         self.list = Some(list);
         for dir in &self.dirs {
             make_dirs(dir).map_err(|source| PodError::io("make the sandbox's cgroup", dir, source))?;
+            // Version 2 has processes in leaves only.
+            let counted = std::fs::read_to_string(dir.join("cgroup.subtree_control")).unwrap_or_default();
+            if !counted.trim().is_empty() {
+                return Err(PodError::State(format!(
+                    "the cgroup {} of the sandbox is one that others are counted below: name a folder in it",
+                    dir.display()
+                )));
+            }
         }
         Ok(self)
     }
@@ -246,5 +254,9 @@ mod tests {
         group.remove().await;
         assert!(!dir.path().join("a/b").exists() && !dir.path().join(LIST).exists());
         assert!(HostCgroup::make("", dir.path()).unwrap().entrances().unwrap().is_empty());
+        std::fs::create_dir(dir.path().join("inner")).unwrap();
+        std::fs::write(dir.path().join("inner/cgroup.subtree_control"), "cpu memory\n").unwrap();
+        let inner = HostCgroup { dirs: vec![dir.path().join("inner")], list: None }.made(dir.path());
+        assert!(matches!(inner, Err(PodError::State(_))));
     }
 }

@@ -44,6 +44,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use hyper_protocol::rpc::agent::{NextEventsRequest, sandbox_event};
 use tokio::sync::watch;
 use tokio::time::timeout;
+use tracing::Instrument;
 
 use self::bays::Bays;
 use self::container::PodContainer;
@@ -264,6 +265,7 @@ impl Sandbox {
         call: &'static str,
         answer: impl Future<Output = ttrpc::Result<T>>,
     ) -> Result<T, PodError> {
+        let answer = answer.instrument(tracing::debug_span!("agent", call));
         let answer = tokio::select! {
             biased;
             end = self.ended() => return Err(PodError::Ended(end)),

@@ -26,7 +26,7 @@ pub struct Process {
 }
 
 /// What a container uses; one sample.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContainerStats {
     /// When the sample was taken.
     pub sampled: Timestamp,

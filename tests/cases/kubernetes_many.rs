@@ -133,7 +133,8 @@ fn speed(containerd: &Containerd, handler: &str) -> [f64; 2] {
 
 #[test]
 fn network_is_measured_beside_runcs() {
-    let containerd = Containerd::start_for_pods(Release::Two);
+    // Debian's shim of runc is for this one.
+    let containerd = Containerd::start_for_pods(Release::One);
     containerd.import("iperf3");
     let (ours, theirs) = (speed(&containerd, HANDLER), speed(&containerd, "runc"));
     for (at, name) in ["to the pod", "from the pod"].iter().enumerate() {

@@ -66,7 +66,7 @@ pub fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
 /// Something measured: a line that the run shows, whether the case passes or not.
 #[expect(clippy::print_stdout, reason = "the run picks it out of the case's output")]
 pub fn note(text: &str) {
-    println!("@note {text}");
+    println!("\n@note {text}");
 }
 
 /// The SHA-256 of bytes, in hex.

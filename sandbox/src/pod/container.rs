@@ -7,14 +7,14 @@ use std::sync::{Arc, Mutex};
 
 use hyper_protocol::rpc::agent::{
     ContainerRef, CreateContainerRequest, CreateProcessRequest, Mount, ProcessRef, ResizeTerminalRequest,
-    SharedMemorySource, SignalProcessRequest, Stdio, UpdateContainerRequest, mount,
+    SharedMemorySource, SignalProcessRequest, Stdio, mount,
 };
 use protobuf::MessageField;
 use serde_json::Value;
 use tokio::time::timeout;
 
 use super::bays::BayDisk;
-use super::growth::{Claim, Claimed};
+use super::growth::Claimed;
 use super::hooks::{Hooks, Moment};
 use super::io::{Ends, Input, StdioPaths};
 use super::live::LiveMount;
@@ -24,8 +24,6 @@ use super::process::{Inner, Phase, Process, ProcessExit, ProcessStatus, Surround
 use super::translate::{self, Translated, Volume};
 use super::{PodError, PodEvent, Sandbox, held};
 use crate::launch::{call, context, scaled_ms};
-use crate::store::ContainerStats;
-use crate::supervisor::stats_of;
 
 /// How long making a container may take: the agent may copy what an image has at a volume's place.
 const CREATE_MS: u64 = 60_000;
@@ -68,7 +66,7 @@ pub(super) struct PodContainer {
     pub(super) id: String,
     bundle: PathBuf,
     processes: Mutex<BTreeMap<String, Arc<Process>>>,
-    paused: Mutex<bool>,
+    pub(super) paused: Mutex<bool>,
     /// That it lacked memory was reported.
     pub(super) memory_told: AtomicBool,
     hooks: Hooks,
@@ -472,82 +470,6 @@ impl Sandbox {
         exit.ok_or_else(gone)
     }
 
-    /// Freezes all processes of a container.
-    ///
-    /// # Errors
-    /// No such container, it does not run, or it is frozen already.
-    pub async fn pause(&self, id: &str) -> Result<(), PodError> {
-        let container = self.container(id)?;
-        let request = reference(id);
-        self.call("PauseContainer", self.agent.rpc.pause_container(call(), &request)).await?;
-        *held(&container.paused) = true;
-        (self.events)(PodEvent::Paused { container: id.to_owned() });
-        Ok(())
-    }
-
-    /// Lets them go on.
-    ///
-    /// # Errors
-    /// No such container, or it is not frozen.
-    pub async fn resume(&self, id: &str) -> Result<(), PodError> {
-        let container = self.container(id)?;
-        let request = reference(id);
-        self.call("ResumeContainer", self.agent.rpc.resume_container(call(), &request)).await?;
-        *held(&container.paused) = false;
-        (self.events)(PodEvent::Resumed { container: id.to_owned() });
-        Ok(())
-    }
-
-    /// Process ids in the container, as the container numbers them.
-    ///
-    /// # Errors
-    /// No such container.
-    pub async fn pids(&self, id: &str) -> Result<Vec<u32>, PodError> {
-        self.container(id)?;
-        let request = reference(id);
-        let all = self.call("ListProcesses", self.agent.rpc.list_processes(call(), &request)).await?;
-        Ok(all.processes.into_iter().map(|process| process.pid).collect())
-    }
-
-    /// What a container uses.
-    ///
-    /// # Errors
-    /// No such container.
-    pub async fn stats(&self, id: &str) -> Result<ContainerStats, PodError> {
-        self.container(id)?;
-        let request = reference(id);
-        self.call("Stats", self.agent.rpc.stats(call(), &request)).await.map(stats_of)
-    }
-
-    /// Changes limits. `resources` is an OCI `linux.resources` object, JSON.
-    ///
-    /// # Errors
-    /// No such container, or a limit that the guest does not take.
-    pub async fn update(&self, id: &str, resources: &[u8]) -> Result<(), PodError> {
-        self.container(id)?;
-        let mut wish: Value = serde_json::from_slice(resources)
-            .map_err(|error| PodError::Invalid(format!("the resources of {id}: {error}")))?;
-        if let Some(wish) = wish.as_object_mut() {
-            translate::resources(wish);
-            // Device rules do not change.
-            wish.remove("devices");
-        }
-        let before = self.growth.claim_of(id);
-        let after = Claim::of(&wish, before);
-        self.growth.set_claim(id, before.max(after));
-        self.fit_or_warn().await;
-        let request = UpdateContainerRequest {
-            container_id: id.to_owned(),
-            oci_resources: wish.to_string().into_bytes(),
-            ..Default::default()
-        };
-        let updated = self.call("UpdateContainer", self.agent.rpc.update_container(call(), &request)).await;
-        // Only now what was more than it is; and nothing has changed if the guest refused.
-        self.growth.set_claim(id, if updated.is_ok() { after } else { before });
-        self.fit_or_warn().await;
-        updated.map(drop)
-    }
-
     /// Forgets a process that has ended or never ran; with the first one goes the container.
     ///
     /// # Errors
@@ -585,7 +507,7 @@ impl Sandbox {
     }
 }
 
-fn reference(id: &str) -> ContainerRef {
+pub(super) fn reference(id: &str) -> ContainerRef {
     ContainerRef { container_id: id.to_owned(), ..Default::default() }
 }
 

@@ -14,7 +14,7 @@
 //!
 //! Files: `live` (what the guest sees of the host's files), `mounts` (rootfs), `translate` (OCI specification of the host to that of
 //! the guest), `netns` (interfaces, TAPs, redirection), `rtnetlink`, `loopback` (port-forward), `io` (FIFOs and files), `logger`,
-//! `process`, `container`, `cgroup` (the host's), `machine`, `growth` (how large it is while it runs), `bays` (disks that come and
+//! `process`, `container`, `upkeep`, `cgroup` (the host's), `machine`, `growth` (how large it is while it runs), `bays` (disks that come and
 //! go), `disks` (a root of disks), `devices` (block devices of the host), `hooks`, `error`.
 
 mod bays;
@@ -35,6 +35,7 @@ mod netns;
 mod process;
 mod rtnetlink;
 mod translate;
+mod upkeep;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;

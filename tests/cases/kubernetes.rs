@@ -1,4 +1,5 @@
 //! Pods through the Container Runtime Interface, as a kubelet asks for them, with containerd 1.6 and 2.
+#![expect(clippy::indexing_slicing, clippy::unwrap_used, reason = "a panic is how a case fails")]
 
 use hyper_tests::{Containerd, HANDLER, Pod, PodSpec, Release, SANDBOX_HANDLER, host, wait_for};
 use serde_json::json;

@@ -1,4 +1,5 @@
 //! Pods in numbers: in a row without growth, at once, and how fast their network is.
+#![expect(clippy::indexing_slicing, reason = "a panic is how a case fails")]
 
 use hyper_tests::{Containerd, HANDLER, Pod, PodSpec, Release, host, image_name, note, wait_for};
 use serde_json::{Value, json};

@@ -1,4 +1,5 @@
 //! Where the output of tasks goes besides FIFOs, and the runtime's configuration.
+#![expect(clippy::unwrap_used, reason = "a panic is how a case fails")]
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;

@@ -2,6 +2,7 @@
 
 mod bays;
 mod containerd;
+mod containerd2;
 mod containers;
 mod docker;
 mod faults;

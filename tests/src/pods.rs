@@ -1,4 +1,8 @@
 //! Pods, made through the Container Runtime Interface as a kubelet makes them.
+#![expect(
+    clippy::indexing_slicing,
+    reason = "of JSON values: what is not there is null, and a panic is how a case fails"
+)]
 
 use std::cell::Cell;
 use std::path::PathBuf;

@@ -52,7 +52,7 @@ pub(crate) struct Tally {
 const TRIAL_LIST: &str = "tests/trial.txt";
 
 /// Groups that need programs which are built from Go modules.
-const NEED_PEERS: [&str; 4] = ["docker", "kubernetes", "kubernetes_faults", "kubernetes_many"];
+const NEED_PEERS: [&str; 5] = ["containerd2", "docker", "kubernetes", "kubernetes_faults", "kubernetes_many"];
 
 /// What the cases are run with.
 pub(crate) struct Inputs<'a> {

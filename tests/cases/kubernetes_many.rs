@@ -8,6 +8,8 @@ use serde_json::{Value, json};
 const PODS: u32 = 50;
 /// After so many everything that is kept for good has been made.
 const WARM: u32 = 5;
+/// One in so many runs a container, beside the one that every pod has.
+const WITH_CONTAINER: u32 = 5;
 /// Largest growth of memory over the rest, KiB: containerd keeps a little of each pod, and so does the host's slab.
 const MOST_MEMORY_KIB: i64 = 24 * 1024;
 
@@ -41,8 +43,10 @@ fn pods_in_a_row_do_not_grow_the_host() {
             before = count(containerd.daemon_pid());
         }
         let pod = Pod::run(&containerd, HANDLER, &PodSpec::new(&format!("row-{number}")));
-        let main = pod.start("main", "echo row", &json!({}));
-        assert_eq!(pod.exit_code(&main), 0);
+        if number % WITH_CONTAINER == 0 {
+            let main = pod.start("main", "echo row", &json!({}));
+            assert_eq!(pod.exit_code(&main), 0);
+        }
         pod.remove();
     }
     containerd.leaves_nothing();

@@ -126,7 +126,10 @@ fn killed(containerd: &Containerd, stage: Stage, victim: Victim) {
     drop(side.map(Running::done));
     if stage != Stage::Removing {
         if stage >= Stage::Running {
-            assert_eq!(pod.exit_code(main), 137);
+            let code = pod.exit_code(main);
+            // Of a shim that is gone containerd says 255 itself, unless our own word for it comes first; with runc it is the same.
+            let unknown = victim == Victim::Shim && code == 255;
+            assert!(unknown || code == 137, "{code}");
         }
         wait_for("the pod not to be ready", || (!pod.is_ready()).then_some(()));
     }

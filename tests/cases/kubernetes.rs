@@ -32,8 +32,9 @@ fn pod_goes_through_its_life(release: Release, handler: &str) {
     pod.exec(&web, "touch /fixed/no").fails(1);
     pod.cri(&format!("exec {cat} wc -c")).stdin(vec![b'x'; 100_000]).ok().says("100000");
     pod.cri_on_terminal(&format!("exec-tty {web} tty")).ok().shows("/dev/pts/");
-    pod.cri(&format!("attach {cat}")).stdin("a line\n").start().signal("INT");
+    let attached = pod.cri(&format!("attach {cat}")).stdin("a line\n").start();
     pod.logs("cat", "got a line");
+    drop(attached);
 
     let stats = pod.cri(&format!("stats {web}")).ok().text();
     let stats: serde_json::Value = serde_json::from_str(&stats).unwrap();

@@ -1,6 +1,6 @@
 //! A Docker engine of a case's own, on a containerd of its own, and Debian's client.
 //!
-//! Debian 12's own engine, 20.10, takes runtimes of containerd's API from nobody: those came with 23.0.
+//! Debian 12's own engine, 20.10, knows no runtimes of containerd.
 
 use crate::containerd::{Containerd, peers, show_log};
 use crate::program::{Run, Running, host};

@@ -56,6 +56,8 @@ pub struct Containerd {
     release: Release,
     namespace: &'static str,
     scratch: Scratch,
+    /// Variables that it and its shims get, as a shell has them before a command.
+    environment: String,
     daemon: RefCell<Option<Running>>,
 }
 
@@ -69,19 +71,43 @@ impl Containerd {
     /// Starts one with the image busybox.
     #[must_use]
     pub fn start_as(release: Release) -> Self {
-        let containerd = Self::prepare(release, "default", "");
+        let containerd = Self::prepare(release, "default", "", "");
         containerd.import("busybox");
         containerd
     }
 
     /// Starts one for a Docker engine.
     pub(crate) fn start_for_docker() -> Self {
-        Self::prepare(Release::Two, "moby", "")
+        Self::prepare(Release::Two, "moby", "", "")
     }
 
     /// Starts one for pods, whose network is that of CNI's bridge plugin.
     #[must_use]
     pub fn start_for_pods(release: Release) -> Self {
+        Self::start_for_pods_with(release, "")
+    }
+
+    /// The same, with guests that turn against their agents by order: see [`Pod::order`](crate::Pod::order). Deadlines are `scale` times
+    /// those of a user.
+    #[must_use]
+    pub fn start_sabotaged(release: Release, scale: u32) -> Self {
+        let parts = Scratch::new().keep();
+        let product = given("HYPER_TEST_PREFIX");
+        for (part, name) in [
+            (product.join("libexec/hyper/hyper-vmm"), "hyper-vmm"),
+            (product.join("libexec/hyper/hyper-fs"), "hyper-fs"),
+            (product.join("share/hyper/vmlinux"), "vmlinux"),
+            (given("HYPER_TEST_SABOTAGED"), "initramfs.cpio"),
+        ] {
+            if let Err(error) = std::os::unix::fs::symlink(&part, parts.join(name)) {
+                panic!("linking {}: {error}", part.display());
+            }
+        }
+        let environment = format!("HYPER_PARTS={} HYPER_TIMEOUT_SCALE={scale}", parts.display());
+        Self::start_for_pods_with(release, &environment)
+    }
+
+    fn start_for_pods_with(release: Release, environment: &str) -> Self {
         let (cri, _) = release.cri();
         let images = "io.containerd.cri.v1.images";
         let (pause, cni) = match release {
@@ -101,14 +127,14 @@ impl Containerd {
                  sandboxer = \"shim\"\n"
             ));
         }
-        let containerd = Self::prepare(release, "k8s.io", &config);
+        let containerd = Self::prepare(release, "k8s.io", &config, environment);
         containerd.import("busybox");
         containerd.import("pause");
         containerd
     }
 
     /// Starts one with more configuration, in which `@` is the folder of its files.
-    fn prepare(release: Release, namespace: &'static str, more: &str) -> Self {
+    fn prepare(release: Release, namespace: &'static str, more: &str, environment: &str) -> Self {
         let scratch = Scratch::new();
         let path = scratch.path().display().to_string();
         let (cri, version) = release.cri();
@@ -132,7 +158,8 @@ impl Containerd {
             let words: Vec<_> = folders.iter().zip(&files).flat_map(|(flag, file)| [flag, file]).collect();
             words.into_iter().fold(hyper("install containerd"), |run, word| run.arg(word)).ok();
         }
-        let containerd = Self { release, namespace, scratch, daemon: RefCell::default() };
+        let environment = environment.to_owned();
+        let containerd = Self { release, namespace, scratch, environment, daemon: RefCell::default() };
         containerd.launch();
         containerd
     }
@@ -149,9 +176,10 @@ impl Containerd {
         let path = self.scratch.path().display();
         let bin = given("HYPER_TEST_PREFIX").join("bin");
         let script = format!(
-            "PATH={path}/bin:{}:{}:$PATH:/usr/sbin:/sbin exec containerd --config {path}/config.toml >>{path}/log 2>&1",
+            "export PATH={path}/bin:{}:{}:$PATH:/usr/sbin:/sbin {}; exec containerd --config {path}/config.toml >>{path}/log 2>&1",
             bin.display(),
             self.release.bin(),
+            self.environment,
         );
         self.daemon.replace(Some(host(&script).within(3600).start()));
         wait_for("containerd", || self.ctr("version").done().code_is(0).then_some(()));
@@ -289,7 +317,7 @@ pub fn image_name(name: &str) -> String {
 }
 
 /// A network of CNI's bridge plugin.
-const CNI_CONF: &str = r#"{"cniVersion":"0.4.0","name":"pods","plugins":[{"type":"bridge","bridge":"cnipods","isGateway":true,
+pub(crate) const CNI_CONF: &str = r#"{"cniVersion":"0.4.0","name":"pods","plugins":[{"type":"bridge","bridge":"cnipods","isGateway":true,
     "ipMasq":false,"ipam":{"type":"host-local","subnet":"10.88.9.0/24","routes":[{"dst":"0.0.0.0/0"}]}},
     {"type":"loopback"}]}"#;
 

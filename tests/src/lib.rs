@@ -4,6 +4,7 @@
 //! and `HYPER_TEST_FIXTURES`. Failures panic with the whole command line and all that it printed.
 #![expect(clippy::panic, reason = "assertions of the cases; a panic is how a case fails")]
 
+mod cluster;
 mod container;
 mod containerd;
 mod docker;
@@ -17,6 +18,7 @@ mod terminal;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+pub use cluster::{NODE, Node, documented};
 pub use container::{Container, detached};
 pub use containerd::{Containerd, Events, HANDLER, RUNTIME, Release, SANDBOX_HANDLER, image_name};
 pub use docker::Docker;

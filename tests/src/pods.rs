@@ -5,13 +5,18 @@
 )]
 
 use std::cell::Cell;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
 use crate::containerd::{Containerd, image_name, peers};
 use crate::program::{Run, Running, host};
-use crate::wait_for;
+use crate::{DEADLINE, wait_for};
+
+/// Where `tests/saboteur` listens in a guest.
+const SABOTEUR_PORT: u32 = 9_000;
 
 /// What a pod is to be.
 #[derive(Debug, Clone)]
@@ -51,6 +56,25 @@ pub struct Pod<'a> {
     config: String,
     folder: PathBuf,
     made: Cell<u32>,
+}
+
+/// Gives the order to the second process of a guest, through its virtual machine's socket.
+fn given_order(pod: &str, word: &str) -> std::io::Result<()> {
+    let run = std::env::var_os("HYPER_RUN").map_or_else(|| PathBuf::from("/run/hyper"), PathBuf::from);
+    let found = std::fs::read_dir(run.join("pods"))?
+        .flatten()
+        .find(|entry| pod.starts_with(&*entry.file_name().to_string_lossy()) || pod.is_empty());
+    let folder = found.ok_or(std::io::ErrorKind::NotFound)?.path();
+    let mut stream = UnixStream::connect(folder.join("vsock"))?;
+    stream.set_read_timeout(Some(DEADLINE))?;
+    stream.write_all(format!("CONNECT {SABOTEUR_PORT}\n").as_bytes())?;
+    let mut answer = [0; 3];
+    stream.read_exact(&mut answer)?;
+    if answer != *b"OK " {
+        return Err(std::io::ErrorKind::ConnectionRefused.into());
+    }
+    stream.write_all(word.as_bytes())?;
+    stream.shutdown(std::net::Shutdown::Write)
 }
 
 /// Asks containerd; words are split at white space.
@@ -202,6 +226,15 @@ impl<'a> Pod<'a> {
             }
             pods.is_empty().then_some(())
         });
+    }
+
+    /// Orders the guest of a pod of [`Containerd::start_sabotaged`] to end its kernel (`panic`) or to stop its agent for good (`freeze`).
+    /// `pod` is the beginning of its id; empty when there is but one.
+    ///
+    /// # Panics
+    /// When no guest takes it in time.
+    pub fn order(pod: &str, word: &str) {
+        wait_for("a guest that takes the order", || given_order(pod, word).ok());
     }
 
     /// Whether it is ready.

@@ -27,6 +27,12 @@ impl Scratch {
         Self(path)
     }
 
+    /// Leaves it where it is, for what outlives it; it goes with the machine.
+    #[must_use]
+    pub fn keep(self) -> PathBuf {
+        std::mem::ManuallyDrop::new(self).0.clone()
+    }
+
     /// Where it is.
     #[must_use]
     pub fn path(&self) -> &Path {

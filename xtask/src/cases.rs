@@ -15,6 +15,7 @@ use anyhow::{Context, Result, bail};
 use crate::cache;
 use crate::command;
 use crate::lab;
+use crate::peers;
 use crate::product::{Product, cargo};
 use crate::test::Options;
 
@@ -25,9 +26,10 @@ const MACHINE_LIMIT: u64 = 2400;
 /// What the job prints before the result of each case.
 const MARK: &str = "@case ";
 /// Groups that take longest; they start first.
-const LONGEST: [&str; 9] = [
-    "kubernetes_many",
+const LONGEST: [&str; 10] = [
     "kubernetes_faults",
+    "kubernetes_many",
+    "cluster",
     "faults",
     "services",
     "many",
@@ -51,15 +53,12 @@ pub(crate) struct Tally {
 /// Cases that have not been seen to pass yet: they do not decide, and the count says how many they are.
 const TRIAL_LIST: &str = "tests/trial.txt";
 
-/// Groups that need programs which are built from Go modules.
-const NEED_PEERS: [&str; 5] = ["containerd2", "docker", "kubernetes", "kubernetes_faults", "kubernetes_many"];
-
 /// What the cases are run with.
 pub(crate) struct Inputs<'a> {
     pub(crate) product: &'a Product,
     pub(crate) fixtures: &'a Path,
-    /// Programs of others; without them the groups that need them are left out, and counted.
-    pub(crate) peers: Option<&'a Path>,
+    /// A guest's initramfs that turns against its agent.
+    pub(crate) sabotaged: &'a Path,
 }
 
 /// Names in the list; a line is a name, or begins with `#`.
@@ -95,8 +94,16 @@ pub(crate) fn run(options: &Options, inputs: &Inputs<'_>) -> Result<Tally> {
         bail!("no case fits {:?}", options.filter);
     }
     let chosen = names.len();
-    if inputs.peers.is_none() {
-        names.retain(|name| !NEED_PEERS.contains(&name.split("::").next().unwrap_or_default()));
+    let mut peers = Vec::new();
+    for module in &peers::MODULES {
+        let needs = |name: &String| module.groups.contains(&name.split("::").next().unwrap_or_default());
+        if !names.iter().any(needs) {
+            continue;
+        }
+        match module.make()? {
+            Some(folder) => peers.push((module.variable, folder)),
+            None => names.retain(|name| !needs(name)),
+        }
     }
     let without_peers = chosen - names.len();
     if names.is_empty() {
@@ -106,7 +113,7 @@ pub(crate) fn run(options: &Options, inputs: &Inputs<'_>) -> Result<Tally> {
     crate::say(format!("test: {} lab cases in {} groups", names.len(), groups.len()));
     let folder = cache::dir()?.join(format!("lab-cases/{}", std::process::id()));
     cache::remove_dir(&folder)?;
-    let bench = Bench { inputs, program: &program, folder: &folder, here: options.here };
+    let bench = Bench { inputs, peers: &peers, program: &program, folder: &folder, here: options.here };
     let lanes = if options.here { 1 } else { options.jobs.clamp(1, groups.len()) };
     let queue = Mutex::new(groups);
     let tally = thread::scope(|scope| {
@@ -175,6 +182,8 @@ fn group(names: &[String]) -> VecDeque<(String, Vec<String>)> {
 /// What every machine needs to know.
 struct Bench<'a> {
     inputs: &'a Inputs<'a>,
+    /// Variables, and the programs of others that they name.
+    peers: &'a [(&'static str, PathBuf)],
     program: &'a Path,
     folder: &'a Path,
     here: bool,
@@ -245,14 +254,17 @@ impl Bench<'_> {
 
     /// One process per case, its output in a file, one line per result.
     fn job(&self, names: &[String], logs: &Path, machine_is_ours: bool) -> String {
-        let Inputs { product, fixtures, peers } = self.inputs;
+        let Inputs { product, fixtures, sabotaged } = self.inputs;
         let hyper = product.hyper();
         let mut job = format!(
-            "export HYPER_TEST_PREFIX='{}' HYPER_TEST_FIXTURES='{}' HYPER_TEST_PEERS='{}'\n",
+            "export HYPER_TEST_PREFIX='{}' HYPER_TEST_FIXTURES='{}' HYPER_TEST_SABOTAGED='{}'\n",
             product.prefix.display(),
             fixtures.display(),
-            peers.unwrap_or(Path::new("")).display()
+            sabotaged.display(),
         );
+        for (variable, folder) in self.peers {
+            job.push_str(&format!("export {variable}='{}'\n", folder.display()));
+        }
         if machine_is_ours {
             job.push_str("export HYPER_TIMEOUT_SCALE=10 HYPER_TEST_SCRATCH=/var/lib/hyper HYPER_TEST_KEEP_REGISTRY=1 HYPER_ROOT=/var/lib/hyper/state\n");
         } else {

@@ -23,6 +23,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("hyper-tests", &[]),
     ("hyper-bench", &["hyper-vmm-spec"]),
     ("hyper-lab-init", &[]),
+    ("hyper-saboteur", &[]),
     ("xtask", &[]),
 ];
 

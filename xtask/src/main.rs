@@ -27,7 +27,7 @@ use std::fmt::Display;
 use std::io::Write;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 
 /// House tasks; `make` calls these.
@@ -90,10 +90,12 @@ fn perform(task: Task) -> Result<ExitCode> {
             setup::run()?;
             say(format!("made {}", fixtures::make()?.display()));
         }
-        Task::Peers => match peers::make()? {
-            Some(folder) => say(format!("built {}", folder.display())),
-            None => anyhow::bail!("the peers need go and its modules"),
-        },
+        Task::Peers => {
+            for module in &peers::MODULES {
+                let folder = module.make()?.context("these programs need go and its modules")?;
+                say(format!("built {}", folder.display()));
+            }
+        }
         Task::Test(options) => return test::run(&options),
         Task::Bench(options) => bench::run(&options)?,
         Task::Lint => test::lint()?,

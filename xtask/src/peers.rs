@@ -1,5 +1,4 @@
-//! Programs of others that the cases need and Debian does not have, built from their Go modules: containerd 2 with its `ctr`, a
-//! Docker engine that knows runtimes of containerd, and a client of the Container Runtime Interface. `go.sum` names every byte of them.
+//! Programs of others that the cases need and Debian does not have, built from their Go modules. `go.sum` names every byte of them.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -9,39 +8,67 @@ use anyhow::{Context, Result};
 use crate::cache::{self, Key};
 use crate::command;
 
-/// Where the module is.
-const MODULE: &str = "tests/peers";
-/// What decides the result.
-const SOURCES: [&str; 3] = ["go.mod", "go.sum", "cri/main.go"];
+/// A Go module of ours that names them, and the groups of cases that need what it makes.
+pub(crate) struct Module {
+    name: &'static str,
+    what: &'static str,
+    /// The variable that tells the cases where the programs are.
+    pub(crate) variable: &'static str,
+    pub(crate) groups: &'static [&'static str],
+    /// What decides the result, beside `go.mod` and `go.sum`.
+    source: &'static str,
+    packages: &'static [&'static str],
+}
 
-/// The folder with the programs; `None` when this machine has no Go, or cannot reach the modules.
-pub(crate) fn make() -> Result<Option<PathBuf>> {
-    if !command::exists("go") {
-        crate::say("peers: no go here");
-        return Ok(None);
-    }
-    let module = cache::root().join(MODULE);
-    let mut key = Key::new("peers 1");
-    for source in SOURCES {
-        key = key.file(&module.join(source))?;
-    }
-    let mut is_reached = true;
-    let made = cache::folder("peers", key, |making| {
-        crate::say("peers: building containerd 2, a Docker engine and a CRI client");
-        let fetched = command::quiet(go()?.args(["mod", "download"]).current_dir(&module));
-        is_reached = fetched.is_ok();
-        fetched?;
-        let mut build = go()?;
-        build.args(["build", "-trimpath", "-ldflags=-s -w", "-o"]).arg(making.join("bin/"));
-        command::quiet(build.args(["./cri", "tool"]).current_dir(&module))
-    });
-    match made {
-        Ok(folder) => Ok(Some(folder)),
-        Err(error) if !is_reached => {
-            crate::say(format!("peers: {error:#}"));
-            Ok(None)
+pub(crate) const MODULES: [Module; 2] = [
+    Module {
+        name: "peers",
+        what: "containerd 2, a Docker engine and a CRI client",
+        variable: "HYPER_TEST_PEERS",
+        groups: &["containerd2", "docker", "kubernetes", "kubernetes_faults", "kubernetes_many"],
+        source: "cri/main.go",
+        packages: &["./cri", "tool"],
+    },
+    Module {
+        name: "cluster",
+        what: "a Kubernetes control plane and kubelet",
+        variable: "HYPER_TEST_CLUSTER",
+        groups: &["cluster"],
+        source: "main.go",
+        packages: &["."],
+    },
+];
+
+impl Module {
+    /// The folder with the programs in `bin`; `None` when this machine has no Go, or cannot reach the modules.
+    pub(crate) fn make(&self) -> Result<Option<PathBuf>> {
+        if !command::exists("go") {
+            crate::say(format!("{}: no go here", self.name));
+            return Ok(None);
         }
-        Err(error) => Err(error).context("building the peers"),
+        let folder = cache::root().join("tests").join(self.name);
+        let mut key = Key::new("peers 1");
+        for source in ["go.mod", "go.sum", self.source] {
+            key = key.file(&folder.join(source))?;
+        }
+        let mut is_reached = true;
+        let made = cache::folder("peers", key, |making| {
+            crate::say(format!("{}: building {}", self.name, self.what));
+            let fetched = command::quiet(go()?.args(["mod", "download"]).current_dir(&folder));
+            is_reached = fetched.is_ok();
+            fetched?;
+            let mut build = go()?;
+            build.args(["build", "-trimpath", "-ldflags=-s -w", "-o"]).arg(making.join("bin/"));
+            command::quiet(build.args(self.packages).current_dir(&folder))
+        });
+        match made {
+            Ok(folder) => Ok(Some(folder)),
+            Err(error) if !is_reached => {
+                crate::say(format!("{}: {error:#}", self.name));
+                Ok(None)
+            }
+            Err(error) => Err(error).with_context(|| format!("building {}", self.what)),
+        }
     }
 }
 

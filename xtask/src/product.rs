@@ -47,15 +47,7 @@ pub(crate) fn build() -> Result<Product> {
         host.args(["--package", package]);
     }
     command::run(&mut host)?;
-    command::run(cargo()?.args([
-        "build",
-        "--release",
-        "--package",
-        "hyper-agent",
-        "--target",
-        STATIC_TARGET,
-    ]))?;
-    let initramfs = rootfs::build(&target.join(STATIC_TARGET).join("release/hyper-agent"))?;
+    let initramfs = rootfs::build(&static_program("hyper-agent")?)?;
 
     let prefix = target.join("hyper");
     let _lock = cache::lock("install")?;
@@ -71,6 +63,18 @@ pub(crate) fn build() -> Result<Product> {
         install_changed(&from, &prefix.join(to))?;
     }
     Ok(Product { prefix })
+}
+
+/// An initramfs whose first program ends or stops the agent when it is told to: for the cases alone, nothing that is shipped.
+pub(crate) fn sabotaged_initramfs() -> Result<PathBuf> {
+    rootfs::sabotaged(&static_program("hyper-agent")?, &static_program("hyper-saboteur")?)
+}
+
+/// Builds a program of the guest.
+fn static_program(package: &str) -> Result<PathBuf> {
+    let arguments = ["build", "--release", "--package", package, "--target", STATIC_TARGET];
+    command::run(cargo()?.args(arguments))?;
+    Ok(cache::target_dir()?.join(STATIC_TARGET).join("release").join(package))
 }
 
 /// Cargo in this clone, with the target folder that we look in.

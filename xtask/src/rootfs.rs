@@ -18,20 +18,38 @@ const RECIPE: &str = "1";
 ///
 /// Fails when `agent` cannot be read or is no ELF program, or when the layout is malformed.
 pub(crate) fn build(agent: &Path) -> Result<PathBuf> {
+    build_with(agent, None)
+}
+
+/// The same with another first program, for cases in which the guest turns against its agent; the agent is `/agent` then.
+pub(crate) fn sabotaged(agent: &Path, saboteur: &Path) -> Result<PathBuf> {
+    build_with(agent, Some(saboteur))
+}
+
+fn build_with(agent: &Path, saboteur: Option<&Path>) -> Result<PathBuf> {
     let layout_path = cache::root().join("rootfs/layout.txt");
     let layout =
         fs::read_to_string(&layout_path).with_context(|| format!("reading {}", layout_path.display()))?;
-    let program = fs::read(agent).with_context(|| format!("reading the agent {}", agent.display()))?;
-    if !program.starts_with(b"\x7fELF") {
-        bail!("the agent {} is no ELF program", agent.display());
+    let program = read_program(agent)?;
+    let first = saboteur.map(read_program).transpose()?;
+    let mut key = cache::Key::new("rootfs").text(RECIPE).file(agent)?.file(&layout_path)?;
+    if let Some(saboteur) = saboteur {
+        key = key.text("sabotaged").file(saboteur)?;
     }
-    let key = cache::Key::new("rootfs").text(RECIPE).file(agent)?.file(&layout_path)?;
     let folder = cache::folder("rootfs", key, |making| {
-        let image = pack(&parse(&layout)?, &program)?;
+        let image = pack(&parse(&layout)?, &program, first.as_deref())?;
         let path = making.join("initramfs.cpio");
         fs::write(&path, image).with_context(|| format!("writing {}", path.display()))
     })?;
     Ok(folder.join("initramfs.cpio"))
+}
+
+fn read_program(path: &Path) -> Result<Vec<u8>> {
+    let program = fs::read(path).with_context(|| format!("reading the program {}", path.display()))?;
+    if !program.starts_with(b"\x7fELF") {
+        bail!("{} is no ELF program", path.display());
+    }
+    Ok(program)
 }
 
 /// One line of the layout.
@@ -72,15 +90,18 @@ fn entry(line: &str) -> Result<Entry> {
     })
 }
 
-fn pack(entries: &[Entry], agent: &[u8]) -> Result<Vec<u8>> {
-    let mut archive = Archive::new(Vec::with_capacity(agent.len() + 4096));
+fn pack(entries: &[Entry], agent: &[u8], first: Option<&[u8]>) -> Result<Vec<u8>> {
+    let mut archive = Archive::new(Vec::with_capacity(agent.len() + first.map_or(0, <[u8]>::len) + 4096));
     for entry in entries {
         match entry {
             Entry::Directory { name, mode } => archive.directory(name, *mode),
             Entry::Character { name, mode, device } => archive.character(name, *mode, *device),
-            Entry::Agent { name, mode } => archive.file(name, *mode, agent),
+            Entry::Agent { name, mode } => archive.file(name, *mode, first.unwrap_or(agent)),
         }
         .with_context(|| format!("packing {entry:?}"))?;
+    }
+    if first.is_some() {
+        archive.file("agent", 0o755, agent).context("packing the agent")?;
     }
     archive.finish().context("finishing the initramfs")
 }
@@ -104,9 +125,9 @@ mod tests {
     #[test]
     fn equal_agents_give_equal_bytes() {
         let entries = parse("dir 0755 dev # x\nagent 0755 init # x\n").unwrap();
-        let one = pack(&entries, b"\x7fELF-a").unwrap();
-        assert_eq!(one, pack(&entries, b"\x7fELF-a").unwrap());
-        assert_ne!(one, pack(&entries, b"\x7fELF-b").unwrap());
+        let one = pack(&entries, b"\x7fELF-a", None).unwrap();
+        assert_eq!(one, pack(&entries, b"\x7fELF-a", None).unwrap());
+        assert_ne!(one, pack(&entries, b"\x7fELF-b", None).unwrap());
         assert!(one.starts_with(b"070701"));
     }
 

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 
 use crate::cases::{self, Tally};
 use crate::product::cargo;
-use crate::{command, fixtures, peers, product, rules, setup};
+use crate::{command, fixtures, product, rules, setup};
 
 /// What to run.
 #[derive(clap::Args)]
@@ -51,8 +51,8 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     }
     let product = if options.prebuilt { product::installed()? } else { product::build()? };
     let fixtures = fixtures::make()?;
-    let peers = peers::make()?;
-    let inputs = cases::Inputs { product: &product, fixtures: &fixtures, peers: peers.as_deref() };
+    let sabotaged = product::sabotaged_initramfs()?;
+    let inputs = cases::Inputs { product: &product, fixtures: &fixtures, sabotaged: &sabotaged };
     let cases = cases::run(options, &inputs)?;
     let passed = units.passed + cases.passed;
     let failed = units.failed + cases.failed + failed_steps.len();

@@ -70,13 +70,13 @@ pub use self::translate::check;
 /// How long the VMM may take to say how the machine ended, after the agent's connection broke.
 const END_MS: u64 = 5_000;
 /// How long one request for events waits; the next one follows at once.
-const EVENTS_WAIT_MS: u32 = 60_000;
+const EVENTS_WAIT_MS: u32 = 20_000;
 /// How much longer its answer may take.
-const EVENTS_SLACK_MS: u64 = 30_000;
+const EVENTS_SLACK_MS: u64 = 10_000;
 /// Least time between two answers: a guest must not fill the host's logs.
 const EVENTS_PAUSE: std::time::Duration = std::time::Duration::from_millis(200);
 /// Requests in a row that the agent may leave without an answer, and the pause between them.
-const MAX_SILENT: u32 = 3;
+const MAX_SILENT: u32 = 2;
 const SILENT_PAUSE_MS: u64 = 1_000;
 
 /// What a sandbox is made of.
@@ -327,8 +327,11 @@ async fn watch_memory(sandbox: std::sync::Weak<Sandbox>) {
                 drop(sandbox);
                 tokio::time::sleep(EVENTS_PAUSE).await;
             }
-            Err(_) if sandbox.machine.ended().borrow().is_some() => return,
             Err(error) => {
+                // The connection breaks before the VMM says how the machine ended.
+                if timeout(scaled_ms(END_MS), sandbox.ended()).await.is_ok() {
+                    return;
+                }
                 tracing::warn!(%error, "the agent does not answer");
                 silent += 1;
                 if silent == MAX_SILENT {

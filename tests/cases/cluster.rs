@@ -1,0 +1,160 @@
+//! A cluster of one node, set up by the guide for operators, with a kubelet: its guide is right, and a pod has what a pod has.
+#![expect(clippy::unwrap_used, reason = "a panic is how a case fails")]
+
+use hyper_tests::{NODE, Node, documented, given, host, note, wait_for};
+
+const GUIDE: &str = "docs/kubernetes.md";
+
+/// Runs a step of the guide line by line; what it says at the end. Images come from archives here, not from a registry, and the node's
+/// init is no systemd.
+fn follow(node: &Node, heading: &str) -> String {
+    let mut said = String::new();
+    for line in documented(GUIDE, heading) {
+        if line == "systemctl restart containerd" {
+            node.restart_containerd();
+        } else if !line.starts_with("ctr image pull ") {
+            said = node.shell(&line.replace("NODE", NODE)).ok().text();
+        }
+    }
+    said
+}
+
+#[test]
+fn guide_for_operators_leads_to_a_pod_with_everything() {
+    let prefix = given("HYPER_TEST_PREFIX");
+    host(&format!("mkdir /opt/hyper && cp -r {0}/bin {0}/libexec {0}/share /opt/hyper", prefix.display()))
+        .ok();
+    let node = Node::start();
+    follow(&node, "### 1. Put the programs there");
+    let block = follow(&node, "### 2. Tell containerd");
+    assert!(block.contains("Server:"), "{block}");
+    assert!(follow(&node, "### 3. Try it without Kubernetes").ends_with("-hyper"));
+    node.join();
+    follow(&node, "### 4. The runtime class");
+    follow(&node, "### 5. A pod");
+    note("docs/kubernetes.md, steps 1 to 5: followed line by line on a node with a kubelet");
+
+    pod_has_everything(&node);
+
+    // What is left is what the guide says it is.
+    node.kubectl("delete runtimeclass hyper").ok();
+    node.shell("/opt/hyper/bin/hyper install containerd --uninstall").ok();
+    node.shell("grep -c hyper /etc/containerd/config.toml").done().says("0");
+}
+
+/// Init containers, a sidecar, probes, volumes of each kind, live updates, port-forward, copying, a hook before the end.
+fn pod_has_everything(node: &Node) {
+    let host_folder = node.scratch().join("host");
+    std::fs::create_dir(&host_folder).unwrap();
+    let manifest = node.scratch().file("pod.yaml", POD.replace("@HOST", &host_folder));
+    node.kubectl(&format!("apply -f {manifest}")).ok();
+    node.kubectl("wait --for=condition=Ready pod/whole --timeout=150s").ok();
+    let inside = |script: &str| node.kubectl("exec whole -c main -- sh -c").arg(script);
+    let reads = |path: &str, text: &str| inside(&format!("cat {path}")).ok().says(text);
+
+    // What the init container and the sidecar left, through the volume of all three.
+    reads("/work/out", "prepared");
+    reads("/work/sidecar", "sidecar");
+    reads("/settings/key", "first");
+    reads("/one/key", "first");
+    reads("/all/word", "hush");
+    inside("cat /all/labels").ok().shows("app=\"whole\"");
+    inside("test -s /all/token && echo $NAME $WORD").ok().says("whole hush");
+    inside("echo no >/settings/key").fails(1);
+    // Memory, as large as was said; folders within a volume are that volume.
+    inside("df -k /memory | grep -o ' 8192 '").ok().says("8192");
+    inside("echo deep >/sub/file; cat /work/inner/file").ok().says("deep");
+    inside("uname -r").ok().shows("-hyper");
+    // One process namespace for all: the first process is the pod's, and the sidecar is in sight.
+    inside("pgrep httpd >/dev/null && echo seen").ok().says("seen");
+
+    let forward = node.kubectl("port-forward pod/whole 18080:8080").start();
+    let text = wait_for("an answer", || {
+        let done = host("curl -sf --max-time 20 http://127.0.0.1:18080/out").done();
+        done.code_is(0).then(|| done.text())
+    });
+    assert_eq!(text, "prepared");
+    forward.signal("INT");
+    drop(forward.done());
+
+    let file = node.scratch().file("copied", "to the pod\n");
+    node.kubectl(&format!("cp {file} whole:/work/copied -c main")).ok();
+    reads("/work/copied", "to the pod");
+
+    // A change reaches the volume while the pod runs; a file of its own keeps what it was.
+    let change =
+        "create configmap settings --from-literal=key=second --dry-run=client -o yaml | kubectl apply -f -";
+    node.kubectl(change).ok();
+    wait_for("the change", || (inside("cat /settings/key").done().text() == "second").then_some(()));
+    reads("/one/key", "first");
+
+    node.kubectl("delete pod whole --timeout=150s").ok();
+    let hook = std::fs::read_to_string(format!("{host_folder}/stopped")).unwrap();
+    assert_eq!(hook, "the hook has run\n");
+    wait_for("no virtual machine", || {
+        host("! pgrep -x 'hyper-vmm|hyper-fs|containerd-shim'").done().code_is(0).then_some(())
+    });
+}
+
+const POD: &str = r#"
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: settings}
+data: {key: first}
+---
+apiVersion: v1
+kind: Secret
+metadata: {name: password}
+stringData: {word: hush}
+---
+apiVersion: v1
+kind: Pod
+metadata:
+  name: whole
+  labels: {app: whole}
+spec:
+  runtimeClassName: hyper
+  shareProcessNamespace: true
+  terminationGracePeriodSeconds: 60
+  initContainers:
+    - name: prepare
+      image: busybox:1.36
+      command: [sh, -c, echo prepared >/work/out]
+      volumeMounts: [{name: work, mountPath: /work}]
+    - name: sidecar
+      image: busybox:1.36
+      restartPolicy: Always
+      command: [sh, -c, echo sidecar >/work/sidecar; exec httpd -f -p 127.0.0.1:8080 -h /work]
+      volumeMounts: [{name: work, mountPath: /work}]
+  containers:
+    - name: main
+      image: busybox:1.36
+      command: [sh, -c, "trap 'exit 0' TERM; while true; do sleep 1; done"]
+      env:
+        - {name: NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
+        - {name: WORD, valueFrom: {secretKeyRef: {name: password, key: word}}}
+      readinessProbe: {exec: {command: [test, -e, /work/sidecar]}, periodSeconds: 2, timeoutSeconds: 20}
+      livenessProbe: {exec: {command: ["true"]}, periodSeconds: 20, timeoutSeconds: 20}
+      lifecycle: {preStop: {exec: {command: [sh, -c, echo the hook has run >/host/stopped]}}}
+      resources: {limits: {memory: 64Mi}, requests: {cpu: 50m}}
+      volumeMounts:
+        - {name: work, mountPath: /work}
+        - {name: work, mountPath: /sub, subPath: inner}
+        - {name: memory, mountPath: /memory}
+        - {name: settings, mountPath: /settings, readOnly: true}
+        - {name: settings, mountPath: /one/key, subPath: key}
+        - {name: all, mountPath: /all}
+        - {name: host, mountPath: /host}
+  volumes:
+    - {name: work, emptyDir: {sizeLimit: 10Mi}}
+    - {name: memory, emptyDir: {medium: Memory, sizeLimit: 8Mi}}
+    - {name: settings, configMap: {name: settings}}
+    - {name: host, hostPath: {path: "@HOST", type: Directory}}
+    - name: all
+      projected:
+        sources:
+          - secret: {name: password}
+          - configMap: {name: settings}
+          - downwardAPI: {items: [{path: labels, fieldRef: {fieldPath: metadata.labels}}]}
+          - serviceAccountToken: {path: token}
+"#;

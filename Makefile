@@ -9,5 +9,5 @@ run: ; cargo xtask run
 test: ; cargo xtask test
 lint: ; cargo xtask lint
 fmt: ; cargo fmt --all
-bench: ; cargo xtask bench boot
+bench: ; cargo xtask bench
 kernel: ; cargo xtask kernel

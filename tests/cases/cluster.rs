@@ -49,7 +49,7 @@ fn pod_has_everything(node: &Node) {
     let manifest = node.scratch().file("pod.yaml", POD.replace("@HOST", &host_folder));
     node.kubectl(&format!("apply -f {manifest}")).ok();
     node.kubectl("wait --for=condition=Ready pod/whole --timeout=150s").ok();
-    let inside = |script: &str| node.kubectl("exec whole -c main -- sh -c").arg(script);
+    let inside = |script: &str| node.kubectl("exec whole -c main -- sh -c \"$@\"").arg("sh").arg(script);
     let reads = |path: &str, text: &str| inside(&format!("cat {path}")).ok().says(text);
 
     // What the init container and the sidecar left, through the volume of all three.

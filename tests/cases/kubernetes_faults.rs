@@ -56,7 +56,7 @@ fn kill(victim: Victim, containerd: &Containerd) {
         Victim::FileServer => "hyper-fs",
         Victim::Shim => "containerd-shim",
         Victim::Containerd => return containerd.kill(),
-        Victim::Agent => return Pod::order("", "panic"),
+        Victim::Agent => return Pod::order_the_only_one("panic"),
     };
     host(&format!("pkill -9 -x {name}")).ok();
 }
@@ -185,7 +185,7 @@ fn silent_agent_costs_its_pod_and_nobody_else() {
     let stop = stopping.cri(&format!("stop {main} 600")).start();
     stopping.logs("main", "not yet");
     for pod in &pods {
-        Pod::order(&pod.id, "freeze");
+        pod.order("freeze");
     }
     // What is asked of it now ends with a word, and not never.
     let (running, main) = &mains[0];

@@ -166,10 +166,10 @@ impl Drop for Node {
     }
 }
 
-/// Lines of the first shell block after a heading of a document in the clone; what is behind `#` is left out.
+/// Lines of the shell blocks between a heading of a document in the clone and the next heading; what is behind ` #` is left out.
 ///
 /// # Panics
-/// When there is no such document, heading or block.
+/// When there is no such document or heading, or nothing is to be run there.
 #[must_use]
 pub fn documented(document: &str, heading: &str) -> Vec<String> {
     let path = format!("{}/../{document}", env!("CARGO_MANIFEST_DIR"));
@@ -177,12 +177,13 @@ pub fn documented(document: &str, heading: &str) -> Vec<String> {
         Ok(text) => text,
         Err(error) => panic!("reading {path}: {error}"),
     };
-    let section = text.split_once(&format!("{heading}\n")).map(|(_, rest)| rest);
-    let block =
-        section.and_then(|rest| rest.split_once("```sh\n")).and_then(|(_, rest)| rest.split_once("```"));
-    let Some((block, _)) = block else { panic!("{document} has no shell block after {heading:?}") };
-    let lines = block.lines().map(|line| line.split(" #").next().unwrap_or_default().trim().to_owned());
-    lines.filter(|line| !line.is_empty()).collect()
+    let section = text.split_once(&format!("{heading}\n")).map_or("", |(_, rest)| rest);
+    let section = section.split("\n##").next().unwrap_or_default();
+    let blocks = section.split("```sh\n").skip(1).filter_map(|rest| rest.split("```").next());
+    let lines = blocks.flat_map(str::lines).map(|line| line.split(" #").next().unwrap_or_default().trim());
+    let lines: Vec<_> = lines.filter(|line| !line.is_empty()).map(str::to_owned).collect();
+    assert!(!lines.is_empty(), "{document} has no shell block below {heading:?}");
+    lines
 }
 
 const KUBECONFIG: &str = r#"apiVersion: v1

@@ -7,7 +7,7 @@
 use std::cell::Cell;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
@@ -59,12 +59,7 @@ pub struct Pod<'a> {
 }
 
 /// Gives the order to the second process of a guest, through its virtual machine's socket.
-fn given_order(pod: &str, word: &str) -> std::io::Result<()> {
-    let run = std::env::var_os("HYPER_RUN").map_or_else(|| PathBuf::from("/run/hyper"), PathBuf::from);
-    let found = std::fs::read_dir(run.join("pods"))?
-        .flatten()
-        .find(|entry| pod.starts_with(&*entry.file_name().to_string_lossy()) || pod.is_empty());
-    let folder = found.ok_or(std::io::ErrorKind::NotFound)?.path();
+fn given_order(folder: &Path, word: &str) -> std::io::Result<()> {
     let mut stream = UnixStream::connect(folder.join("vsock"))?;
     stream.set_read_timeout(Some(DEADLINE))?;
     stream.write_all(format!("CONNECT {SABOTEUR_PORT}\n").as_bytes())?;
@@ -75,6 +70,12 @@ fn given_order(pod: &str, word: &str) -> std::io::Result<()> {
     }
     stream.write_all(word.as_bytes())?;
     stream.shutdown(std::net::Shutdown::Write)
+}
+
+/// Folders of the pods' sockets.
+fn run_folders() -> Vec<PathBuf> {
+    let run = std::env::var_os("HYPER_RUN").map_or_else(|| PathBuf::from("/run/hyper"), PathBuf::from);
+    std::fs::read_dir(run.join("pods")).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
 }
 
 /// Asks containerd; words are split at white space.
@@ -228,13 +229,36 @@ impl<'a> Pod<'a> {
         });
     }
 
-    /// Orders the guest of a pod of [`Containerd::start_sabotaged`] to end its kernel (`panic`) or to stop its agent for good (`freeze`).
-    /// `pod` is the beginning of its id; empty when there is but one.
+    /// Orders the guest of the only pod, of [`Containerd::start_sabotaged`], to end its kernel (`panic`) or to stop its agent for good
+    /// (`freeze`).
     ///
     /// # Panics
     /// When no guest takes it in time.
-    pub fn order(pod: &str, word: &str) {
-        wait_for("a guest that takes the order", || given_order(pod, word).ok());
+    pub fn order_the_only_one(word: &str) {
+        wait_for("a guest that takes the order", || {
+            run_folders().iter().find_map(|folder| given_order(folder, word).ok())
+        });
+    }
+
+    /// The same of this pod.
+    ///
+    /// # Panics
+    /// When its guest does not take it in time.
+    pub fn order(&self, word: &str) {
+        // The folder is named after the digest that names the shim's socket.
+        let script = format!(
+            "cat {}/io.containerd.runtime.v2.task/k8s.io/{}/bootstrap.json",
+            self.containerd.scratch().join("state"),
+            self.id
+        );
+        let bootstrap = host(&script).ok().text();
+        wait_for("the guest to take the order", || {
+            let mut folders = run_folders().into_iter();
+            let folder = folders.find(|folder| {
+                folder.file_name().is_some_and(|name| bootstrap.contains(&*name.to_string_lossy()))
+            });
+            given_order(&folder?, word).ok()
+        });
     }
 
     /// Whether it is ready.

@@ -1,53 +1,66 @@
-//! `cargo xtask bench boot`: time from process start to agent ready, by phase, beside QEMU's microvm, on both clocks.
+//! `cargo xtask bench`: `hyper bench` in the lab machine, on one of its clocks, with everything in that machine's memory.
 
-use anyhow::{Result, bail};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
 
 use crate::lab;
-use crate::product::cargo;
-use crate::{cache, command, product, setup};
+use crate::{fixtures, product, setup};
 
-/// Seconds for one table.
-const LIMIT: u64 = 1800;
+/// Seconds for one run.
+const LIMIT: u64 = 3600;
+/// Memory of the lab machine: product, image and containers lie in it.
+const MEMORY: &str = "10G";
 
-/// What to measure.
+/// How to measure.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// What to measure: `boot`.
-    #[arg(value_parser = ["boot"])]
-    pub(crate) what: String,
-    /// Starts that count, per contender and clock.
-    #[arg(long, default_value_t = 5)]
-    pub(crate) runs: u32,
+    /// The ordinary clock, on which only ratios mean something, instead of the one that counts instructions.
+    #[arg(long)]
+    pub(crate) ordinary: bool,
     /// Take the product that is installed already instead of building it.
     #[arg(long)]
     pub(crate) prebuilt: bool,
+    /// A folder for `bench.json` and `bench.html`.
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) out: Option<PathBuf>,
+    /// Flags of `hyper bench`.
+    #[arg(last = true)]
+    pub(crate) flags: Vec<String>,
 }
 
-/// Builds, and prints one table per clock.
+/// Builds, measures, and prints the table.
 pub(crate) fn run(options: &Options) -> Result<()> {
     setup::run()?;
     let product = if options.prebuilt { product::installed()? } else { product::build()? };
-    command::run(cargo()?.args(["build", "--quiet", "--release", "--package", "hyper-bench"]))?;
-    let program = cache::target_dir()?.join("release/bench-boot");
-    // Everything lies in the machine's memory, so that no run waits for this host's disk.
+    let fixtures = fixtures::make()?;
+    let clock = if options.ordinary { "ordinary" } else { "instructions" };
+    // No run waits for this host's disk; on the instruction clock such a wait would be a random leap.
     let script = format!(
-        "set -e; mkdir -p /run/bench; cp -rL '{}/.' '{}' /run/bench/; export TMPDIR=/run/bench; /run/bench/bench-boot /run/bench {} 2",
-        product.prefix.display(),
-        program.display(),
-        options.runs,
+        "set -e; mkdir -p /run/bench; mount -t tmpfs -o size=80% none /run/bench; cp -rL '{prefix}/.' /run/bench/; \
+         export PATH=/run/bench/programs:$PATH:/usr/sbin:/sbin TMPDIR=/run/bench HYPER_ROOT=/run/bench/state HYPER_RUN=/run/bench/run \
+         HYPER_TIMEOUT_SCALE=10 HYPER_BENCH_CLOCK={clock}; mkdir /run/bench/programs; \
+         for name in runc crun; do cp $(command -v $name) /run/bench/programs/ 2>/dev/null || true; done; \
+         /run/bench/bin/hyper load -q -i '{fixtures}/archives/busybox.tar' >/dev/null; \
+         /run/bench/bin/hyper bench --json /lab/bench.json --html /lab/bench.html {flags}",
+        prefix = product.prefix.display(),
+        fixtures = fixtures.display(),
+        flags = options.flags.join(" "),
     );
-    for (icount, title) in [
-        (false, "ordinary clock, ms (emulated processor: only the ratio of the columns means something)"),
-        (true, "instruction clock, millions of instructions of host and guest together (1 ms = 1 M)"),
-    ] {
-        crate::say(format!(
-            "\nboot, {title}; 1 vCPU, 128 MiB, same kernel and initramfs, median of {}",
-            options.runs
-        ));
-        let status = lab::run(&lab::Options { icount, ..lab::Options::script(script.clone(), LIMIT) })?;
-        if status != 0 {
-            bail!("the measurement ended with status {status}");
+    let share = match &options.out {
+        Some(out) => {
+            std::fs::create_dir_all(out).with_context(|| format!("creating {}", out.display()))?;
+            Some(out.clone())
         }
+        None => None,
+    };
+    let mut lab = lab::Options::script(script, LIMIT);
+    lab.icount = !options.ordinary;
+    lab.mem = MEMORY.to_owned();
+    lab.share = share;
+    let status = lab::run(&lab)?;
+    if status != 0 {
+        bail!("the measurement ended with status {status}");
     }
     Ok(())
 }

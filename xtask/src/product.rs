@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! <target>/hyper/bin/{hyper,containerd-shim-hyper-v2}
-//!                libexec/hyper/{hyper-vmm,hyper-fs}
+//!                libexec/hyper/{hyper-vmm,hyper-fs,hyper-bench}
 //!                share/hyper/{vmlinux,initramfs.cpio}
 //! ```
 
@@ -16,7 +16,7 @@ use crate::command;
 use crate::setup::STATIC_TARGET;
 use crate::{kernel, rootfs};
 
-const HOST_PACKAGES: [&str; 4] = ["hyper-cli", "hyper-shim", "hyper-vmm", "hyper-fileserver"];
+const HOST_PACKAGES: [&str; 5] = ["hyper-cli", "hyper-shim", "hyper-vmm", "hyper-fileserver", "hyper-bench"];
 
 /// Where the parts are after a build.
 pub(crate) struct Product {
@@ -57,6 +57,7 @@ pub(crate) fn build() -> Result<Product> {
         (release.join("containerd-shim-hyper-v2"), "bin/containerd-shim-hyper-v2"),
         (release.join("hyper-vmm"), "libexec/hyper/hyper-vmm"),
         (release.join("hyper-fs"), "libexec/hyper/hyper-fs"),
+        (release.join("hyper-bench"), "libexec/hyper/hyper-bench"),
         (vmlinux, "share/hyper/vmlinux"),
         (initramfs, "share/hyper/initramfs.cpio"),
     ] {

@@ -86,6 +86,13 @@ pub(crate) enum Verb {
     Doctor(DoctorArgs),
     /// Make hyper a runtime of other programs of this host
     Install(InstallArgs),
+    /// Compare hyper with the other runtimes and VMMs of this host
+    #[command(disable_help_flag = true)]
+    Bench {
+        /// Flags of the benchmark: `hyper bench --help` shows them.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        flags: Vec<std::ffi::OsString>,
+    },
     /// Supervise one container's virtual machine (started by `hyper start`)
     #[command(hide = true)]
     Supervise {

@@ -17,6 +17,8 @@ mod stats;
 mod top;
 mod volume;
 
+use hyper_sandbox::Parts;
+
 use crate::args::{FormatArgs, Verb};
 use crate::error::CliError;
 use crate::format::{Column, Format};
@@ -55,6 +57,7 @@ pub(crate) async fn dispatch(verb: Verb) -> Result<i32, CliError> {
         Verb::Version(args) => version(&args),
         Verb::Doctor(args) => doctor::doctor(&args).await,
         Verb::Install(args) => install::install(&args),
+        Verb::Bench { flags } => bench(&flags),
         Verb::Supervise { id } => {
             Err(CliError::failed(format!("{id} is supervised by a process of its own")))
         }
@@ -68,6 +71,14 @@ pub(crate) async fn dispatch(verb: Verb) -> Result<i32, CliError> {
 pub(crate) fn supervise(id: &str) -> Result<i32, CliError> {
     hyper_sandbox::supervise(&crate::context::home()?, id)?;
     Ok(0)
+}
+
+/// Becomes the benchmark's own program, which few have a use for.
+fn bench(flags: &[std::ffi::OsString]) -> Result<i32, CliError> {
+    use std::os::unix::process::CommandExt;
+    let program = Parts::locate()?.vmm.with_file_name("hyper-bench");
+    let error = std::process::Command::new(&program).args(flags).exec();
+    Err(CliError::failed(format!("cannot run {}: {error}", program.display())))
 }
 
 fn version(args: &FormatArgs) -> Result<i32, CliError> {

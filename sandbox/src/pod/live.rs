@@ -63,12 +63,17 @@ pub fn clean(run_dir: &Path) {
         let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
         let path = entry.path();
         let removed = if is_dir { std::fs::remove_dir(&path) } else { std::fs::remove_file(&path) };
-        if let Err(error) = removed {
-            tracing::warn!(path = %path.display(), %error, "undo failed");
-        }
+        tell_unless_gone(&path, removed);
     }
-    if let Err(error) = std::fs::remove_dir(run_dir) {
-        tracing::warn!(path = %run_dir.display(), %error, "undo failed");
+    tell_unless_gone(run_dir, std::fs::remove_dir(run_dir));
+}
+
+/// Somebody else may have removed it meanwhile: the shim and its own delete command may be at it together.
+fn tell_unless_gone(path: &Path, removed: std::io::Result<()>) {
+    if let Err(error) = removed
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        tracing::warn!(path = %path.display(), %error, "undo failed");
     }
 }
 

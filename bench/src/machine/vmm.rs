@@ -16,7 +16,8 @@ use rustix::net::{
     recv, sendmsg, socketpair,
 };
 
-use crate::{CMDLINE, LIMIT, MEM_MIB, Parts, Start, now_us};
+use super::{CMDLINE, MEM_MIB, Parts, Start};
+use crate::program::{LIMIT, now_us};
 
 /// Host port on which the agent announces itself.
 const DOORBELL_PORT: u32 = 1026;

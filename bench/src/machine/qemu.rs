@@ -7,7 +7,8 @@ use std::sync::mpsc;
 use anyhow::{Context, Result, bail};
 use hyper_vmm_spec::control::{LIFECYCLE_PORT, lifecycle};
 
-use crate::{CMDLINE, LIMIT, MEM_MIB, Parts, Start, now_us};
+use super::{CMDLINE, MEM_MIB, Parts, Start};
+use crate::program::{LIMIT, now_us};
 
 /// Starts a machine, waits for its agent, ends it.
 pub(crate) fn start(parts: &Parts) -> Result<Start> {

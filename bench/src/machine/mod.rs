@@ -1,0 +1,80 @@
+//! The bare start of a machine: the same kernel, initramfs, memory and devices under each VMM.
+//!
+//! Both ends of the measurement are the same too: the guest's first process and its agent each write one byte to an I/O port, which
+//! hyper-vmm knows as its lifecycle device and QEMU is given as a debug console.
+
+mod qemu;
+mod vmm;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::report::Report;
+use crate::{Options, program};
+
+/// Guest memory, MiB.
+const MEM_MIB: u32 = 128;
+/// Kernel arguments of both, as the product gives them; `reboot=` is each machine's own.
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check random.trust_cpu=on";
+
+/// Steps of a start, microseconds after the fork; what a contender does not tell is absent.
+#[derive(Debug, Clone, Copy, Default)]
+struct Start {
+    main_us: Option<u64>,
+    spec_us: Option<u64>,
+    built_us: Option<u64>,
+    entered_us: Option<u64>,
+    user_space_us: Option<u64>,
+    agent_ready_us: Option<u64>,
+}
+
+type Step = fn(&Start) -> Option<u64>;
+
+const STEPS: [(&str, Step); 6] = [
+    ("start of the VMM to its own first instruction", |start| start.main_us),
+    ("start of the VMM to the request read", |start| start.spec_us),
+    ("start of the VMM to the machine built", |start| start.built_us),
+    ("start of the VMM to the guest entered", |start| start.entered_us),
+    ("start of the VMM to the first user instruction", |start| start.user_space_us),
+    ("start of the VMM to the agent ready", |start| start.agent_ready_us),
+];
+
+/// What is started.
+#[derive(Debug)]
+struct Parts {
+    vmm: PathBuf,
+    kernel: PathBuf,
+    initramfs: PathBuf,
+}
+
+/// Starts a machine under each VMM in turn, as often as is wanted.
+pub(crate) fn measure(prefix: &Path, options: &Options, report: &mut Report) -> Result<()> {
+    let parts = Parts {
+        vmm: prefix.join("libexec/hyper/hyper-vmm"),
+        kernel: prefix.join("share/hyper/vmlinux"),
+        initramfs: prefix.join("share/hyper/initramfs.cpio"),
+    };
+    let has_qemu = program::on_path("qemu-system-x86_64").is_some();
+    for round in 0..options.runs + options.warm_up {
+        let mut starts = vec![("hyper-vmm", vmm::start(&parts).context("starting hyper-vmm")?)];
+        if has_qemu {
+            starts.push(("QEMU microvm", qemu::start(&parts).context("starting QEMU")?));
+        }
+        if round < options.warm_up {
+            continue;
+        }
+        for (name, step) in STEPS {
+            for (contender, start) in &starts {
+                if let Some(us) = step(start) {
+                    #[expect(
+                        clippy::cast_precision_loss,
+                        reason = "microseconds of a start are far below 2^52"
+                    )]
+                    report.add(name, "ms", contender, us as f64 / 1000.0);
+                }
+            }
+        }
+    }
+    Ok(())
+}

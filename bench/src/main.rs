@@ -1,0 +1,172 @@
+//! `hyper bench`: hyper beside every other runtime and VMM that this machine has, in one run.
+//!
+//! Contenders take turns, so that what disturbs the machine disturbs all of them. What is measured, and what it cannot tell, is in
+//! `docs/performance.md`.
+
+mod containers;
+mod facts;
+mod html;
+mod machine;
+mod memory;
+mod program;
+mod report;
+mod stats;
+
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+
+use crate::containers::{Bench, Contender};
+use crate::report::Report;
+
+/// Compare hyper with the runtimes and VMMs of this machine: start, exec, many at once, memory.
+#[derive(Debug, Parser)]
+#[command(name = "hyper bench", version, max_term_width = 110)]
+struct Options {
+    /// Image of the containers: it has `true` and `sleep`.
+    #[arg(long, default_value = "busybox")]
+    image: String,
+    /// Runs that count, of each contender.
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    runs: u32,
+    /// Runs before them that do not.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(0..=1_000))]
+    warm_up: u32,
+    /// How many containers are started at once; may be given again.
+    #[arg(long = "at-once", value_name = "N", default_values_t = [10], value_parser = clap::value_parser!(u32).range(1..=1_000))]
+    at_once: Vec<u32>,
+    /// Idle containers over which memory is averaged.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1_000))]
+    idle: u32,
+    /// Only these measurements.
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<Measurement>,
+    /// Write every sample to this file, as JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write a report with plots to this file; it needs no other.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+}
+
+/// What can be measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Measurement {
+    /// Start of a VMM to its guest's first user instruction, and to a serving agent
+    Boot,
+    /// `run` to the exit of `true`
+    Run,
+    /// `exec` of `true` in a running container
+    Exec,
+    /// Several `run`s of `true` at once, until all have ended
+    AtOnce,
+    /// Memory of an idle container
+    Memory,
+}
+
+impl Options {
+    fn wants(&self, measurement: Measurement) -> bool {
+        self.only.is_empty() || self.only.contains(&measurement)
+    }
+}
+
+fn main() -> ExitCode {
+    match run(&Options::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // A closed terminal is no reason for another status.
+            drop(writeln!(std::io::stderr(), "hyper bench: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: &Options) -> Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        bail!("the other runtimes need root here: run it with sudo");
+    }
+    let prefix = program::prefix()?;
+    let facts = facts::gather(&prefix)?;
+    let mut report = Report::new(facts, options.runs, options.warm_up);
+    if options.wants(Measurement::Boot) {
+        progress("boot");
+        machine::measure(&prefix, options, &mut report)?;
+    }
+    let of_containers = [Measurement::Run, Measurement::Exec, Measurement::AtOnce, Measurement::Memory];
+    if of_containers.iter().any(|measurement| options.wants(*measurement)) {
+        progress("preparing the containers");
+        let bench = Bench::prepare(&prefix, &options.image)?;
+        measure_containers(&bench, options, &mut report)?;
+    }
+    std::io::stdout().write_all(report.table().as_bytes()).context("printing the table")?;
+    if let Some(path) = &options.json {
+        let text = serde_json::to_string_pretty(&report)?;
+        std::fs::write(path, text).with_context(|| format!("writing {}", path.display()))?;
+    }
+    if let Some(path) = &options.html {
+        std::fs::write(path, html::page(&report)).with_context(|| format!("writing {}", path.display()))?;
+    }
+    Ok(())
+}
+
+fn measure_containers(bench: &Bench, options: &Options, report: &mut Report) -> Result<()> {
+    if options.wants(Measurement::Run) {
+        progress("run");
+        turns(bench, options, report, "run of `true`, start to exit", Contender::run)?;
+    }
+    if options.wants(Measurement::Exec) {
+        progress("exec");
+        let idle: Vec<_> =
+            bench.contenders.iter().map(|contender| contender.idle()).collect::<Result<_>>()?;
+        for round in 0..options.runs + options.warm_up {
+            for (contender, container) in bench.contenders.iter().zip(&idle) {
+                let ms = container.exec()?;
+                if round >= options.warm_up {
+                    report.add("exec of `true`, start to exit", "ms", contender.name(), ms);
+                }
+            }
+        }
+    }
+    if options.wants(Measurement::AtOnce) {
+        for &count in &options.at_once {
+            progress("several at once");
+            let name = format!("{count} at once, first start to last exit");
+            turns(bench, options, report, &name, |contender| contender.run_at_once(count))?;
+        }
+    }
+    if options.wants(Measurement::Memory) {
+        progress("memory");
+        memory::measure(bench, options.idle, report)?;
+    }
+    Ok(())
+}
+
+/// Each contender in turn, as often as is wanted.
+fn turns(
+    bench: &Bench,
+    options: &Options,
+    report: &mut Report,
+    name: &str,
+    measure: impl Fn(&Contender) -> Result<f64>,
+) -> Result<()> {
+    for round in 0..options.runs + options.warm_up {
+        for contender in &bench.contenders {
+            let ms = measure(contender).with_context(|| format!("{name}: {}", contender.name()))?;
+            if round >= options.warm_up {
+                report.add(name, "ms", contender.name(), ms);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What is under way, for somebody who watches.
+fn progress(what: &str) {
+    let mut stderr = std::io::stderr();
+    if stderr.is_terminal() {
+        drop(writeln!(stderr, "hyper bench: {what} …"));
+    }
+}

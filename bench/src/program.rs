@@ -1,0 +1,120 @@
+//! Programs: where they are, and running them to their end under a deadline.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use rustix::time::{ClockId, clock_gettime};
+
+/// How long one program may take: ten times what the slowest contender needs on an emulated processor.
+pub(crate) const LIMIT: Duration = Duration::from_secs(120);
+
+/// The folder that holds `bin/hyper`: this program is in `libexec/hyper` there.
+pub(crate) fn prefix() -> Result<PathBuf> {
+    let program = std::env::current_exe().context("finding this program")?;
+    let prefix = program.ancestors().nth(3).map(Path::to_path_buf);
+    match prefix.filter(|prefix| prefix.join("bin/hyper").is_file()) {
+        Some(prefix) => Ok(prefix),
+        None => bail!("{} is not where hyper was installed: run it as `hyper bench`", program.display()),
+    }
+}
+
+/// A program on the path, or `None`.
+pub(crate) fn on_path(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path).map(|folder| folder.join(name)).find(|program| program.is_file())
+}
+
+/// Microseconds of `CLOCK_MONOTONIC`, which hyper-vmm's own timeline uses too.
+pub(crate) fn now_us() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    u64::try_from(now.tv_sec).unwrap_or_default() * 1_000_000
+        + u64::try_from(now.tv_nsec).unwrap_or_default() / 1000
+}
+
+/// Milliseconds since a point of [`now_us`].
+#[expect(clippy::cast_precision_loss, reason = "microseconds of a run are far below 2^52")]
+pub(crate) fn ms_since(start_us: u64) -> f64 {
+    now_us().saturating_sub(start_us) as f64 / 1000.0
+}
+
+/// A command without input and output, whose complaints are kept for the error.
+pub(crate) fn quiet(program: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(program);
+    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    command
+}
+
+/// Runs a command to its end; milliseconds from its start to its exit.
+pub(crate) fn timed(command: &mut Command) -> Result<f64> {
+    let start = now_us();
+    let mut child = Waited::start(command)?;
+    child.end()?;
+    Ok(ms_since(start))
+}
+
+/// What a command prints.
+pub(crate) fn text(program: &Path, arguments: &[&str]) -> Result<String> {
+    let mut command = quiet(program, arguments);
+    let output = command.stdout(Stdio::piped()).output().with_context(|| format!("starting {command:?}"))?;
+    if !output.status.success() {
+        bail!("{command:?}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+/// A program that runs; it is gone when this is dropped.
+pub(crate) struct Waited {
+    child: Child,
+    line: String,
+}
+
+impl Waited {
+    /// Starts it.
+    pub(crate) fn start(command: &mut Command) -> Result<Self> {
+        let line = format!("{command:?}");
+        let child = command.spawn().with_context(|| format!("starting {line}"))?;
+        Ok(Self { child, line })
+    }
+
+    /// Waits until it has ended, which must be well.
+    pub(crate) fn end(&mut self) -> Result<()> {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        let watch = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())
+            .context("watching a program")?;
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let wait = rustix::time::Timespec {
+                tv_sec: i64::try_from(left.as_secs()).unwrap_or_default(),
+                tv_nsec: left.subsec_nanos().into(),
+            };
+            let mut watched = [rustix::event::PollFd::new(&watch, rustix::event::PollFlags::IN)];
+            match rustix::event::poll(&mut watched, Some(&wait)) {
+                Ok(0) => bail!("{} did not end within {} s", self.line, LIMIT.as_secs()),
+                Ok(_) => break,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error).context("waiting for a program"),
+            }
+        }
+        let status = self.child.wait().context("waiting for a program")?;
+        if !status.success() {
+            let mut said = String::new();
+            if let Some(mut stderr) = self.child.stderr.take() {
+                // What was said is for the error only.
+                drop(std::io::Read::read_to_string(&mut stderr, &mut said));
+            }
+            bail!("{}: {status}: {}", self.line, said.trim());
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Waited {
+    fn drop(&mut self) {
+        // It has ended by itself unless something failed on the way.
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}

@@ -62,7 +62,7 @@ fn pod_has_everything(node: &Node) {
     inside("test -s /all/token && echo $NAME $WORD").ok().says("whole hush");
     inside("echo no >/settings/key").fails(1);
     // Memory, as large as was said; folders within a volume are that volume.
-    inside("df -k /memory | grep -o ' 8192 '").ok().says("8192");
+    inside("stat -f -c %b,%S /memory").ok().says("2048,4096");
     inside("echo deep >/sub/file; cat /work/inner/file").ok().says("deep");
     inside("uname -r").ok().shows("-hyper");
     // One process namespace for all: the first process is the pod's, and the sidecar is in sight.

@@ -26,6 +26,8 @@ const CALL_MS: u64 = 20_000;
 /// A connection to an agent that serves.
 pub(crate) struct Agent {
     pub(crate) rpc: AgentClient,
+    /// The connection of the client, to end it.
+    connection: std::os::unix::net::UnixStream,
     vsock: PathBuf,
     next_stream: AtomicU64,
 }
@@ -57,9 +59,24 @@ pub(crate) fn rpc_error(call: &'static str) -> impl FnOnce(ttrpc::Error) -> VmEr
 impl Agent {
     /// Connects to the RPC port.
     pub(crate) async fn connect(vsock: &Path) -> Result<Self, VmError> {
-        let stream = connect_port(vsock, RPC_PORT).await?;
+        let fail = |source| VmError::Connect { port: RPC_PORT, source };
+        let stream = connect_port(vsock, RPC_PORT).await?.into_std().map_err(fail)?;
+        let connection = stream.try_clone().map_err(fail)?;
+        let stream = UnixStream::from_std(stream).map_err(fail)?;
         let client = ttrpc::r#async::Client::new(ttrpc::r#async::transport::Socket::new(stream));
-        Ok(Self { rpc: AgentClient::new(client), vsock: vsock.to_owned(), next_stream: AtomicU64::new(1) })
+        Ok(Self {
+            rpc: AgentClient::new(client),
+            connection,
+            vsock: vsock.to_owned(),
+            next_stream: AtomicU64::new(1),
+        })
+    }
+
+    /// Ends the connection, whoever still holds this: after its last answer the agent waits for that.
+    pub(crate) fn hang_up(&self) {
+        if let Err(error) = self.connection.shutdown(std::net::Shutdown::Both) {
+            tracing::debug!(%error, "the connection to the agent had ended");
+        }
     }
 
     /// Opens a stream and returns the id by which a request claims it.

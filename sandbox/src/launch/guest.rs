@@ -183,6 +183,7 @@ impl Guest {
             if let Err(error) = asked {
                 tracing::debug!(%error, "the agent did not answer Shutdown");
             }
+            self.agent.hang_up();
             self.control.ended().await
         };
         // A guest whose shares do not answer cannot write them back.

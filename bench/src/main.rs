@@ -52,6 +52,9 @@ struct Options {
     html: Option<PathBuf>,
 }
 
+/// Docker's code for a wrong flag.
+const MISUSED: u8 = 125;
+
 /// What can be measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum Measurement {
@@ -74,14 +77,37 @@ impl Options {
 }
 
 fn main() -> ExitCode {
-    match run(&Options::parse()) {
+    let options = match Options::try_parse() {
+        Ok(options) => options,
+        Err(error) if !error.use_stderr() => {
+            // Help and version; a closed terminal is no reason for another status.
+            drop(error.print());
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => {
+            complain(misuse(&error.to_string()));
+            return ExitCode::from(MISUSED);
+        }
+    };
+    match run(&options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // A closed terminal is no reason for another status.
-            drop(writeln!(std::io::stderr(), "hyper bench: {error:#}"));
+            complain(format!("{error:#}"));
             ExitCode::FAILURE
         }
     }
+}
+
+/// One line for a person.
+fn complain(what: impl std::fmt::Display) {
+    drop(writeln!(std::io::stderr(), "hyper: {what}"));
+}
+
+/// What clap says of a wrong flag, without its usage, in one line.
+fn misuse(said: &str) -> String {
+    let lines = said.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:"));
+    let words: Vec<_> = lines.filter(|line| !line.is_empty() && !line.starts_with("For more")).collect();
+    format!("{}; see hyper bench --help", words.join(" ").trim_start_matches("error: "))
 }
 
 fn run(options: &Options) -> Result<()> {
@@ -168,5 +194,22 @@ fn progress(what: &str) {
     let mut stderr = std::io::stderr();
     if stderr.is_terminal() {
         drop(writeln!(stderr, "hyper bench: {what} …"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wrong_flag_is_one_line() {
+        for (flags, part) in [
+            (["--only", "nothing"], "possible values: boot, run, exec, at-once, memory"),
+            (["--runs", "0"], "--runs"),
+        ] {
+            let error = Options::try_parse_from(["hyper bench"].into_iter().chain(flags)).unwrap_err();
+            let line = misuse(&error.to_string());
+            assert!(line.contains(part) && !line.contains('\n'), "{line}");
+        }
     }
 }

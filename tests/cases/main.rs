@@ -1,6 +1,7 @@
 //! The product from outside. Each module is one group and gets a lab machine of its own; a hang costs one group.
 
 mod bays;
+mod bench;
 mod cluster;
 mod containerd;
 mod containerd2;

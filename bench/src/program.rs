@@ -57,11 +57,29 @@ pub(crate) fn timed(command: &mut Command) -> Result<f64> {
 /// What a command prints.
 pub(crate) fn text(program: &Path, arguments: &[&str]) -> Result<String> {
     let mut command = quiet(program, arguments);
-    let output = command.stdout(Stdio::piped()).output().with_context(|| format!("starting {command:?}"))?;
+    let line = line(&command);
+    let output = command.stdout(Stdio::piped()).output().with_context(|| format!("starting {line}"))?;
     if !output.status.success() {
-        bail!("{command:?}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
+        bail!("{line}: {}: {}", output.status, last_words(&String::from_utf8_lossy(&output.stderr)));
     }
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+/// A command as it would be typed.
+fn line(command: &Command) -> String {
+    let name = Path::new(command.get_program()).file_name().unwrap_or_default();
+    let words: Vec<_> = [name]
+        .into_iter()
+        .chain(command.get_args())
+        .map(|word| word.to_string_lossy().into_owned())
+        .collect();
+    words.join(" ")
+}
+
+/// The last line of what a program complained of, without its own name before it.
+fn last_words(said: &str) -> &str {
+    let last = said.lines().map(str::trim).rfind(|line| !line.is_empty()).unwrap_or_default();
+    last.strip_prefix("hyper: ").unwrap_or(last)
 }
 
 /// A program that runs; it is gone when this is dropped.
@@ -73,7 +91,7 @@ pub(crate) struct Waited {
 impl Waited {
     /// Starts it.
     pub(crate) fn start(command: &mut Command) -> Result<Self> {
-        let line = format!("{command:?}");
+        let line = line(command);
         let child = command.spawn().with_context(|| format!("starting {line}"))?;
         Ok(Self { child, line })
     }
@@ -105,7 +123,7 @@ impl Waited {
                 // What was said is for the error only.
                 drop(std::io::Read::read_to_string(&mut stderr, &mut said));
             }
-            bail!("{}: {status}: {}", self.line, said.trim());
+            bail!("{}: {status}: {}", self.line, last_words(&said));
         }
         Ok(())
     }
@@ -116,5 +134,18 @@ impl Drop for Waited {
         // It has ended by itself unless something failed on the way.
         drop(self.child.kill());
         drop(self.child.wait());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_is_one_line() {
+        let script = "echo first >&2; echo hyper: second >&2; exit 3";
+        let error = timed(&mut quiet(Path::new("/bin/sh"), &["-c", script])).unwrap_err().to_string();
+        assert_eq!(error, format!("sh -c {script}: exit status: 3: second"));
+        assert_eq!(text(Path::new("/bin/echo"), &["a", "b"]).unwrap(), "a b");
     }
 }

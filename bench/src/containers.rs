@@ -10,6 +10,8 @@ use crate::program::{self, Waited, ms_since, now_us, quiet, text, timed};
 
 /// OCI runtimes that are compared when they are on the path.
 const OCI: [&str; 2] = ["runc", "crun"];
+/// What tells hyper whether to start from a template.
+const TEMPLATE: &str = "HYPER_TEMPLATE";
 /// What an idle container does.
 const IDLE: [&str; 2] = ["sleep", "1000000"];
 /// Folders of a root that are not part of the image.
@@ -33,12 +35,11 @@ pub(crate) struct Contender {
 enum Kind {
     Hyper {
         image: String,
+        /// `HYPER_TEMPLATE`: whether it starts from a machine that was booted once.
+        template: &'static str,
     },
     /// Bundles that run `true`, and that are idle.
-    Oci {
-        once: PathBuf,
-        idle: PathBuf,
-    },
+    Oci { once: PathBuf, idle: PathBuf },
 }
 
 /// A container that is idle; removed when dropped.
@@ -51,18 +52,19 @@ impl Bench {
     /// Brings in the image, and copies its files for the others.
     pub(crate) fn prepare(prefix: &Path, image: &str) -> Result<Self> {
         let folder = tempfile::tempdir().context("making a folder")?;
-        let hyper = Contender {
-            name: "hyper".to_owned(),
-            program: prefix.join("bin/hyper"),
-            kind: Kind::Hyper { image: image.to_owned() },
-            count: AtomicU32::new(0),
-        };
-        hyper.run().context("trying the image with hyper")?;
+        let [cloned, booted] =
+            [("hyper, template", "always"), ("hyper, booted", "never")].map(|(name, template)| {
+                let kind = Kind::Hyper { image: image.to_owned(), template };
+                let program = prefix.join("bin/hyper");
+                Contender { name: name.to_owned(), program, kind, count: AtomicU32::new(0) }
+            });
+        booted.run().context("trying the image with hyper")?;
+        cloned.run().context("making a template with hyper")?;
         let mut contenders = Vec::new();
         let peers: Vec<_> = OCI.iter().filter_map(|name| Some((*name, program::on_path(name)?))).collect();
         if !peers.is_empty() {
             let root = folder.path().join("root");
-            copy_root(&hyper, &root).context("copying the image's files for the other runtimes")?;
+            copy_root(&booted, &root).context("copying the image's files for the other runtimes")?;
             for (name, program) in peers {
                 let base: Value = {
                     let bundle = folder.path().join(format!("{name}-spec"));
@@ -90,7 +92,7 @@ impl Bench {
                 contenders.push(Contender { name: name.to_owned(), program, kind, count: AtomicU32::new(0) });
             }
         }
-        contenders.insert(0, hyper);
+        contenders.splice(0..0, [cloned, booted]);
         Ok(Self { contenders, _folder: folder })
     }
 }
@@ -126,14 +128,17 @@ impl Contender {
 
     fn new_id(&self) -> String {
         let number = self.count.fetch_add(1, Ordering::Relaxed);
-        format!("bench-{}-{}-{number}", self.name, std::process::id())
+        let name: String = self.name.chars().filter(char::is_ascii_alphanumeric).collect();
+        format!("bench-{name}-{}-{number}", std::process::id())
     }
 
     /// A run of `true`, not yet started. Without a network, which OCI runtimes leave to others.
     fn once(&self) -> std::process::Command {
         match &self.kind {
-            Kind::Hyper { image } => {
-                quiet(&self.program, &["run", "--rm", "--network", "none", image, "true"])
+            Kind::Hyper { image, template } => {
+                let mut command = quiet(&self.program, &["run", "--rm", "--network", "none", image, "true"]);
+                command.env(TEMPLATE, template);
+                command
             }
             Kind::Oci { once, .. } => {
                 quiet(&self.program, &["run", "--bundle", &once.to_string_lossy(), &self.new_id()])
@@ -160,9 +165,9 @@ impl Contender {
     pub(crate) fn idle(&self) -> Result<Idle<'_>> {
         let id = self.new_id();
         match &self.kind {
-            Kind::Hyper { image } => {
+            Kind::Hyper { image, template } => {
                 let words = ["run", "-d", "--network", "none", "--name", &id, image, IDLE[0], IDLE[1]];
-                timed(&mut quiet(&self.program, &words))?;
+                timed(quiet(&self.program, &words).env(TEMPLATE, template))?;
             }
             Kind::Oci { idle, .. } => {
                 // A pipe would stay open in the container.

@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use hyper_vmm_devices::legacy::PortDevice;
+use hyper_vmm_devices::state::StateError;
 use hyper_vmm_devices::transport::{MmioTransport, WINDOW_BYTES};
 
 use crate::arch::DEVICE_WINDOWS;
@@ -36,6 +37,23 @@ impl Bus {
     /// Puts a device in the next window.
     pub(crate) fn add_window(&mut self, window: Window) {
         self.windows.push(window);
+    }
+
+    /// State of all devices on ports, in the order in which they were added.
+    pub(crate) fn save_ports(&self) -> Vec<Vec<u8>> {
+        let save = |range: &PortRange| range.device.lock().unwrap_or_else(PoisonError::into_inner).save();
+        self.ports.iter().map(save).collect()
+    }
+
+    /// Gives it back to the same devices.
+    pub(crate) fn restore_ports(&mut self, states: &[Vec<u8>]) -> Result<(), StateError> {
+        if states.len() != self.ports.len() {
+            return Err(StateError::Length);
+        }
+        for (range, state) in self.ports.iter_mut().zip(states) {
+            range.device.get_mut().unwrap_or_else(PoisonError::into_inner).restore(state)?;
+        }
+        Ok(())
     }
 
     fn port(&self, port: u16) -> Option<(&PortRange, u16)> {

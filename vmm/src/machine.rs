@@ -1,10 +1,11 @@
 //! From a spec and its descriptors to a running machine: one function that walks the spec's devices.
 
 use std::fs::File;
+use std::io;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, TryLockError};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 
-use hyper_vmm_devices::balloon::{Balloon, BalloonTarget, MemfdPages};
+use hyper_vmm_devices::balloon::{Balloon, BalloonTarget, MemfdPages, PageRelease};
 use hyper_vmm_devices::blk::{Bay, BayError, BayHandle, Blk, BlkError};
 use hyper_vmm_devices::console::Console;
 use hyper_vmm_devices::device::{EventLoop, GuestMem, VirtioDevice};
@@ -16,8 +17,8 @@ use hyper_vmm_devices::output::Output;
 use hyper_vmm_devices::rng::{HostEntropy, Rng};
 use hyper_vmm_devices::transport::{MmioTransport, QUEUE_NOTIFY, WINDOW_BYTES};
 use hyper_vmm_devices::vsock::Vsock;
-use hyper_vmm_hv::{Entry, HvError, Hypervisor, Machine as KvmMachine};
-use hyper_vmm_spec::control::{LIFECYCLE_PORT, Metrics};
+use hyper_vmm_hv::{Entry, HvError, Hypervisor, Machine as KvmMachine, Vcpu};
+use hyper_vmm_spec::control::{LIFECYCLE_PORT, Metrics, SnapshotFds};
 use hyper_vmm_spec::{
     BalloonSpec, DeviceSpec, DiskId, DiskSpec, FdSlot, HotMemorySpec, NetSpec, ShareSpec, VmSpec, VsockSpec,
 };
@@ -31,6 +32,7 @@ use crate::bus::{Bus, Window};
 use crate::hot_memory::HotMemory;
 use crate::life::{Ending, Life, Mark, Notice};
 use crate::memory::{self, MemoryError};
+use crate::snapshot::{Saved, Shape, SnapshotError, io_error};
 use crate::socket::{Descriptors, MissingDescriptor};
 use crate::vcpus::{StartError, Vcpus};
 
@@ -61,8 +63,10 @@ pub(crate) enum BuildError {
     },
     #[error("{asked} vCPUs asked for, this machine has at most {most}")]
     Vcpus { asked: u8, most: u8 },
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     #[error("cannot make an event descriptor")]
-    EventFd(#[source] std::io::Error),
+    EventFd(#[source] io::Error),
     #[error("disk {id}")]
     Disk {
         id: String,
@@ -81,7 +85,7 @@ pub(crate) enum BuildError {
     Vsock {
         path: String,
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
 }
 
@@ -92,6 +96,8 @@ pub(crate) struct Machine {
     /// Kept also because KVM forgets all interrupt routes when this is closed, even while vCPUs run.
     kvm: Arc<KvmMachine>,
     max_vcpus: u8,
+    mem: GuestMem,
+    shape: Shape,
     pub(crate) windows: Vec<Window>,
     pub(crate) balloon: Option<BalloonTarget>,
     pub(crate) memory: Option<MemoryGoal>,
@@ -114,6 +120,33 @@ impl Machine {
             metrics.devices.push((device.name().to_owned(), counters));
         }
         Some(metrics)
+    }
+
+    /// Writes the machine to files. Only while all processors are paused, and on the event loop's thread: nothing is under way then.
+    pub(crate) fn save(&self, snapshot: SnapshotFds, mut fds: Descriptors) -> Result<(), BuildError> {
+        let state = File::from(fds.take(snapshot.state, "the machine's state")?);
+        let memory = File::from(fds.take(snapshot.memory, "the machine's memory")?);
+        if self.memory.is_some() || self.vcpus.count() > self.shape.vcpus() {
+            return Err(SnapshotError::Unsaved("memory or vCPUs that came while it ran").into());
+        }
+        // No vCPU thread holds one, and none waits for this thread: they are parked.
+        for window in &self.windows {
+            window.lock().unwrap_or_else(PoisonError::into_inner).pause();
+        }
+        let save = |window: &Window| window.lock().unwrap_or_else(PoisonError::into_inner).save();
+        let windows = self.windows.iter().map(save).collect::<Result<_, _>>().map_err(SnapshotError::from)?;
+        let (vcpus, machine) = self.vcpus.save(&self.kvm)?;
+        let ports = self.vcpus.save_ports();
+        memory::save(&self.mem, &memory)?;
+        Ok(Saved { machine, vcpus, ports, windows }.write(&self.shape, &state)?)
+    }
+
+    /// Lets processors go on, and what [`Machine::save`] stopped.
+    pub(crate) fn resume(&self) {
+        for window in &self.windows {
+            window.lock().unwrap_or_else(PoisonError::into_inner).resume();
+        }
+        self.vcpus.resume();
     }
 
     /// Makes processors until there are `count`. Not while processors are paused.
@@ -157,9 +190,11 @@ fn hot_range(spec: &VmSpec) -> Option<(u64, u64)> {
     (spec.hot_mem_mib() > 0).then(|| (start, u64::from(spec.hot_mem_mib()) << 20))
 }
 
-/// Builds the machine that `spec` describes and starts it. When this fails, nothing is left.
+/// Builds the machine that `spec` describes and starts it: at its kernel's entry or, with a snapshot, where that was saved. When this
+/// fails, nothing is left.
 pub(crate) fn start(
     spec: &VmSpec,
+    snapshot: Option<SnapshotFds>,
     mut fds: Descriptors,
     event_loop: &Arc<dyn EventLoop>,
     life: &Arc<Life>,
@@ -169,15 +204,16 @@ pub(crate) fn start(
     ranges.extend(hot);
     // What is added later begins above all that is there at boot.
     let memory_end = hot.map_or(u64::MAX, |(start, _)| start);
-    let mem = memory::create(spec.mem_mib() + spec.hot_mem_mib(), &ranges)?;
-    let (entry, kvm) = std::thread::scope(|scope| {
+    let origin = Origin::new(snapshot, &mut fds)?;
+    let mem = origin.memory(spec.mem_mib() + spec.hot_mem_mib(), &ranges)?;
+    let (beginning, kvm) = std::thread::scope(|scope| {
         // KVM_CREATE_VM waits for the host's kernel (grace periods: 10 ms and more); the kernel is loaded meanwhile.
         let kvm = scope
             .spawn(|| Hypervisor::open()?.create_machine(Arc::clone(&mem), memory_end, spec.max_vcpus()));
-        let entry = load(spec, &mut fds, &mem, memory_end);
-        (entry, kvm.join())
+        let beginning = origin.beginning(spec, &mut fds, &mem, memory_end);
+        (beginning, kvm.join())
     });
-    let entry = entry?;
+    let beginning = beginning?;
     // A panic has ended the process before it could end the thread.
     let kvm = Arc::new(kvm.map_err(|_| BuildError::Builder)??);
 
@@ -188,7 +224,8 @@ pub(crate) fn start(
 
     let mut builder = DeviceBuilder {
         fds,
-        mem,
+        mem: Arc::clone(&mem),
+        private: snapshot.is_some(),
         kvm: Arc::clone(&kvm),
         life: Arc::clone(life),
         hot,
@@ -205,13 +242,110 @@ pub(crate) fn start(
     }
 
     let vcpus = (0..spec.vcpus()).map(|index| kvm.create_vcpu(index)).collect::<Result<Vec<_>, _>>()?;
-    if let Some(first) = vcpus.first() {
-        first.set_entry(&entry)?;
-    }
+    beginning.apply(&kvm, &vcpus, &windows, &mut bus)?;
     life.mark(Mark::Built);
     let vcpus = Vcpus::start(vcpus, &Arc::new(bus), life)?;
     let DeviceBuilder { balloon, memory, bays, .. } = builder;
-    Ok(Machine { vcpus, kvm, max_vcpus: spec.max_vcpus(), windows, balloon, memory, bays, serial })
+    let (max_vcpus, shape) = (spec.max_vcpus(), Shape::of(spec));
+    Ok(Machine { vcpus, kvm, max_vcpus, mem, shape, windows, balloon, memory, bays, serial })
+}
+
+/// Where a machine comes from.
+#[derive(Debug)]
+enum Origin {
+    /// It boots a kernel.
+    Kernel,
+    /// It goes on with what was saved.
+    Snapshot { state: File, memory: File },
+}
+
+impl Origin {
+    fn new(snapshot: Option<SnapshotFds>, fds: &mut Descriptors) -> Result<Self, BuildError> {
+        let Some(snapshot) = snapshot else { return Ok(Self::Kernel) };
+        let state = File::from(fds.take(snapshot.state, "the saved machine's state")?);
+        let memory = File::from(fds.take(snapshot.memory, "the saved machine's memory")?);
+        Ok(Self::Snapshot { state, memory })
+    }
+
+    fn memory(&self, mem_mib: u32, ranges: &[(u64, u64)]) -> Result<GuestMem, BuildError> {
+        match self {
+            Self::Kernel => Ok(memory::create(mem_mib, ranges)?),
+            Self::Snapshot { memory, .. } => {
+                let memory = memory.try_clone().map_err(io_error("use the saved memory"))?;
+                Ok(memory::map_private(mem_mib, ranges, memory)?)
+            }
+        }
+    }
+
+    /// Loads or reads what processors begin with.
+    fn beginning(
+        &self,
+        spec: &VmSpec,
+        fds: &mut Descriptors,
+        mem: &GuestMem,
+        memory_end: u64,
+    ) -> Result<Beginning, BuildError> {
+        match self {
+            Self::Kernel => load(spec, fds, mem, memory_end).map(Beginning::Entry),
+            Self::Snapshot { .. } if spec.hot_mem_mib() > 0 => {
+                Err(SnapshotError::Unsaved("memory that comes while it runs").into())
+            }
+            Self::Snapshot { state, .. } => {
+                Ok(Beginning::Saved(Box::new(Saved::read(&Shape::of(spec), state)?)))
+            }
+        }
+    }
+}
+
+/// What a machine begins with once it is built.
+#[derive(Debug)]
+enum Beginning {
+    Entry(Entry),
+    Saved(Box<Saved>),
+}
+
+impl Beginning {
+    /// Puts a machine there that has not run. Devices come last: they may interrupt.
+    fn apply(
+        &self,
+        kvm: &KvmMachine,
+        vcpus: &[Vcpu],
+        windows: &[Window],
+        bus: &mut Bus,
+    ) -> Result<(), BuildError> {
+        let first = vcpus.first().ok_or(BuildError::Builder)?;
+        let saved = match self {
+            Self::Entry(entry) => return Ok(first.set_entry(entry)?),
+            Self::Saved(saved) => saved,
+        };
+        for (vcpu, state) in vcpus.iter().zip(&saved.vcpus) {
+            kvm.restore_vcpu(vcpu, state)?;
+        }
+        kvm.restore(&saved.machine, first)?;
+        bus.restore_ports(&saved.ports).map_err(SnapshotError::from)?;
+        for (window, state) in windows.iter().zip(&saved.windows) {
+            let mut window = window.lock().unwrap_or_else(PoisonError::into_inner);
+            window.restore(state).map_err(SnapshotError::from)?;
+        }
+        Ok(())
+    }
+}
+
+/// Memory that goes back to the host: through its file, or out of a private mapping.
+#[derive(Debug, Clone)]
+enum Pages {
+    Shared(MemfdPages),
+    Private(Arc<KvmMachine>),
+}
+
+impl PageRelease for Pages {
+    fn release(&self, start: GuestAddress, len: u64) -> io::Result<()> {
+        match self {
+            Self::Shared(pages) => pages.release(start, len),
+            // What is read there next is what was saved, not zeroes. No driver relies on those: it would have to ask for poisoned pages.
+            Self::Private(kvm) => kvm.discard(start.0, len).map_err(io::Error::other),
+        }
+    }
 }
 
 /// Address and interrupt of each device slot.
@@ -280,6 +414,8 @@ fn place(
 struct DeviceBuilder {
     fds: Descriptors,
     mem: GuestMem,
+    /// Memory is a private mapping.
+    private: bool,
     kvm: Arc<KvmMachine>,
     life: Arc<Life>,
     /// Start and length of memory that may be added.
@@ -345,7 +481,12 @@ impl DeviceBuilder {
     }
 
     fn balloon(&mut self, spec: BalloonSpec) -> Box<dyn VirtioDevice> {
-        let balloon = Balloon::new(MemfdPages(Arc::clone(&self.mem)), spec.free_page_reporting);
+        let pages = if self.private {
+            Pages::Private(Arc::clone(&self.kvm))
+        } else {
+            Pages::Shared(MemfdPages(Arc::clone(&self.mem)))
+        };
+        let balloon = Balloon::new(pages, spec.free_page_reporting);
         self.balloon = Some(balloon.target());
         Box::new(balloon)
     }

@@ -17,6 +17,7 @@ mod machine;
 mod memory;
 mod probe;
 mod run;
+mod snapshot;
 mod socket;
 mod vcpus;
 

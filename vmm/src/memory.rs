@@ -2,12 +2,21 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use hyper_vmm_devices::device::GuestMem;
-use rustix::fs::{MemfdFlags, SealFlags, SeekFrom, fcntl_add_seals, ftruncate, memfd_create, seek, sendfile};
+use rustix::fs::{
+    MemfdFlags, OFlags, SealFlags, SeekFrom, fcntl_add_seals, ftruncate, memfd_create, seek, sendfile,
+};
 use rustix::io::retry_on_intr;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use rustix::mm::{MapFlags, ProtFlags};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion,
+};
+
+use crate::snapshot::{SnapshotError, io_error};
 
 /// Why guest memory could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +61,111 @@ pub(crate) fn create(mem_mib: u32, ranges: &[(u64, u64)]) -> Result<GuestMem, Me
     let mem = GuestMemoryMmap::from_ranges_with_files(parts)
         .map_err(|source| MemoryError::Map { mem_mib, source })?;
     Ok(Arc::new(mem))
+}
+
+/// Bytes looked at at once when memory is saved, and the unit in which zeroes are left out.
+const SAVED_AT_ONCE: usize = 256 << 10;
+const PAGE_BYTES: usize = 4096;
+/// `PROT_READ | PROT_WRITE`.
+const READ_WRITE: i32 = (ProtFlags::READ.bits() | ProtFlags::WRITE.bits()).cast_signed();
+/// `MAP_PRIVATE | MAP_NORESERVE`.
+const PRIVATE_NO_RESERVE: i32 = (MapFlags::PRIVATE.bits() | MapFlags::NORESERVE.bits()).cast_signed();
+
+/// Maps the memory that [`save`] wrote to `file` at `ranges`, which add up to `mem_mib` MiB. Pages are the file's, shared by all that
+/// map it, until they are written to; then they are this machine's own.
+///
+/// Memory is not given back through the file, which others use: it is open for reading only.
+pub(crate) fn map_private(
+    mem_mib: u32,
+    ranges: &[(u64, u64)],
+    file: File,
+) -> Result<GuestMem, SnapshotError> {
+    let wanted = u64::from(mem_mib) << 20;
+    let found = file.metadata().map_err(io_error("ask for the saved memory's length"))?.len();
+    if found != wanted {
+        return Err(SnapshotError::MemoryLength { found, wanted });
+    }
+    let mode =
+        rustix::fs::fcntl_getfl(&file).map_err(|e| io_error("ask how the saved memory is open")(e.into()))?;
+    if mode & OFlags::RWMODE != OFlags::RDONLY {
+        return Err(SnapshotError::MemoryMode);
+    }
+    let file = Arc::new(file);
+    let mut offset = 0;
+    let mut regions = Vec::new();
+    for (start, len) in ranges {
+        let size = usize::try_from(*len).unwrap_or(usize::MAX);
+        let from = FileOffset::from_arc(Arc::clone(&file), offset);
+        let mapped = MmapRegion::build(Some(from), size, READ_WRITE, PRIVATE_NO_RESERVE);
+        let mapped = mapped.map_err(|e| io_error("map the saved memory")(io::Error::other(e)))?;
+        // Fails for a region that passes the end of the address space, which no range does.
+        regions.extend(GuestRegionMmap::new(mapped, GuestAddress(*start)));
+        offset += len;
+    }
+    let mem = GuestMemoryMmap::from_regions(regions);
+    mem.map(Arc::new).map_err(|e| io_error("map the saved memory")(io::Error::other(e)))
+}
+
+/// Writes memory to an empty file: region after region, holes where there are zeroes.
+///
+/// # Errors
+/// What the file system answers.
+pub(crate) fn save(mem: &GuestMemoryMmap, to: &File) -> Result<(), SnapshotError> {
+    let failed = || io_error("write the machine's memory");
+    to.set_len(mem.iter().map(GuestMemoryRegion::len).sum()).map_err(failed())?;
+    let mut buffer = vec![0; SAVED_AT_ONCE];
+    let mut offset = 0;
+    for region in mem.iter() {
+        for (start, end) in data_ranges(region).map_err(failed())? {
+            let mut at = start;
+            while at < end {
+                let count = SAVED_AT_ONCE.min(usize::try_from(end - at).unwrap_or(usize::MAX));
+                let part = buffer.get_mut(..count).unwrap_or_default();
+                let from = GuestAddress(region.start_addr().0 + at);
+                mem.read_slice(part, from).map_err(|e| failed()(io::Error::other(e)))?;
+                write_sparse(to, offset + at, part).map_err(failed())?;
+                at += count as u64;
+            }
+        }
+        offset += region.len();
+    }
+    Ok(())
+}
+
+/// Parts of a region that are not all zero, as far as its file knows; start and end within the region.
+fn data_ranges(region: &GuestRegionMmap) -> io::Result<Vec<(u64, u64)>> {
+    let shared = region.file_offset().filter(|_| region.flags() & PRIVATE_NO_RESERVE != PRIVATE_NO_RESERVE);
+    // What was written to a private mapping is not in its file.
+    let Some(backing) = shared else { return Ok(vec![(0, region.len())]) };
+    let (first, end) = (backing.start(), backing.start() + region.len());
+    let mut ranges = Vec::new();
+    let mut at = first;
+    while at < end {
+        let start = match seek(backing.file(), SeekFrom::Data(at)) {
+            Ok(start) if start < end => start,
+            Ok(_) | Err(rustix::io::Errno::NXIO) => break,
+            Err(error) => return Err(error.into()),
+        };
+        at = seek(backing.file(), SeekFrom::Hole(start))?.min(end);
+        ranges.push((start - first, at - first));
+    }
+    Ok(ranges)
+}
+
+/// Writes runs of pages that are not all zero.
+fn write_sparse(to: &File, offset: u64, bytes: &[u8]) -> io::Result<()> {
+    let is_data = |page: &&[u8]| page.iter().any(|byte| *byte != 0);
+    let pages: Vec<&[u8]> = bytes.chunks(PAGE_BYTES).collect();
+    let mut at = offset;
+    for run in pages.chunk_by(|one, next| is_data(one) == is_data(next)) {
+        let len: usize = run.iter().map(|page| page.len()).sum();
+        if run.first().is_some_and(is_data) {
+            let inside = usize::try_from(at - offset).unwrap_or(usize::MAX);
+            to.write_all_at(bytes.get(inside..).and_then(|rest| rest.get(..len)).unwrap_or_default(), at)?;
+        }
+        at += len as u64;
+    }
+    Ok(())
 }
 
 /// Copies `len` bytes from `offset` of `file` to guest address `at`, from page cache to page cache: no page is cleared first, none
@@ -103,6 +217,48 @@ mod tests {
         assert_eq!(file.start(), 0xd000_0000);
         assert!(ftruncate(file.file(), 0).is_err(), "sealed");
         assert_eq!(mem.iter().map(GuestMemoryRegion::len).sum::<u64>(), 6 << 30);
+    }
+
+    #[test]
+    fn saved_memory_is_copied_on_write() {
+        let ranges = [(0, 16 << 20), (1 << 32, 16 << 20)];
+        let mem = create(32, &ranges).unwrap();
+        let places = [0x1003_u64, 0x5_0000, (1 << 32) + 0x1ffe, (1 << 32) + (9 << 20)];
+        for at in places {
+            mem.write_slice(b"saved", GuestAddress(at)).unwrap();
+        }
+        // Touched, and zero all the same.
+        mem.write_slice(&[0; 1 << 20], GuestAddress(8 << 20)).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("memory");
+        save(&mem, &File::create(&path).unwrap()).unwrap();
+        let on_disk = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&path).unwrap()) * 512;
+        assert!(on_disk < 256 << 10, "{on_disk} bytes for a few pages");
+
+        let open = || File::open(&path).unwrap();
+        let clones = [0, 1].map(|_| map_private(32, &ranges, open()).unwrap());
+        let in_a_hole = (1 << 32) + (3 << 20);
+        for at in [places[2], in_a_hole] {
+            clones[0].write_slice(b"mine!", GuestAddress(at)).unwrap();
+        }
+        for at in places {
+            let mut found = [0; 5];
+            clones[1].read_slice(&mut found, GuestAddress(at)).unwrap();
+            assert_eq!(&found, b"saved", "{at:#x}");
+        }
+        // Saved once more, from a mapping that is a file's and its own.
+        let again = dir.path().join("again");
+        save(&clones[0], &File::create(&again).unwrap()).unwrap();
+        let third = map_private(32, &ranges, File::open(&again).unwrap()).unwrap();
+        for at in [places[2], in_a_hole] {
+            let mut found = [0; 5];
+            third.read_slice(&mut found, GuestAddress(at)).unwrap();
+            assert_eq!(&found, b"mine!", "{at:#x}");
+        }
+
+        assert!(matches!(map_private(31, &ranges, open()), Err(SnapshotError::MemoryLength { .. })));
+        let writable = File::options().read(true).write(true).open(&path).unwrap();
+        assert!(matches!(map_private(32, &ranges, writable), Err(SnapshotError::MemoryMode)));
     }
 
     #[test]

@@ -53,14 +53,18 @@ pub(crate) fn run(main_us: u64) -> Result<u8, RunError> {
         Packet::Bad(why) => return Err(refuse(&socket, RunError::FirstPacket(why))),
         Packet::Request(request, fds) => (request, fds),
     };
-    let Request::Boot { spec } = *request else {
-        let why = "the first request must be a boot request".to_owned();
-        return Err(refuse(&socket, RunError::FirstPacket(why)));
+    let (spec, snapshot) = match *request {
+        Request::Boot { spec } => (spec, None),
+        Request::Restore { spec, snapshot } => (spec, Some(snapshot)),
+        _ => {
+            let why = "the first request must be a boot request".to_owned();
+            return Err(refuse(&socket, RunError::FirstPacket(why)));
+        }
     };
     life.mark(Mark::Spec);
     let mut events = EventThread::new()?;
-    let machine =
-        machine::start(&spec, fds, &events.handle(), &life).map_err(|e| refuse(&socket, e.into()))?;
+    let machine = machine::start(&spec, snapshot, fds, &events.handle(), &life)
+        .map_err(|e| refuse(&socket, e.into()))?;
     socket.send(&Message::Reply { result: Ok(Reply::Done) });
 
     let outcome = Arc::new(Mutex::new(None));
@@ -147,7 +151,9 @@ impl Controller {
     fn serve(&mut self, request: Request, fds: Descriptors, ops: &mut EventOps<'_>) {
         let done = Ok(Reply::Done);
         match request {
-            Request::Boot { .. } => self.reply(Err("this machine has been booted already".to_owned()), ops),
+            Request::Boot { .. } | Request::Restore { .. } => {
+                self.reply(Err("this machine has been booted already".to_owned()), ops)
+            }
             Request::State => {
                 let reply = Reply::State { state: self.state, timeline: self.life.timeline() };
                 self.reply(Ok(reply), ops);
@@ -158,9 +164,16 @@ impl Controller {
                 self.machine.vcpus.pause();
             }
             Request::Resume => {
-                self.machine.vcpus.resume();
+                self.machine.resume();
                 self.state = RunState::Running;
                 self.reply(done, ops);
+            }
+            Request::Save { .. } if self.state == RunState::Running => {
+                self.reply(Err("this machine runs: pause it first".to_owned()), ops);
+            }
+            Request::Save { snapshot } => {
+                let saved = self.machine.save(snapshot, fds);
+                self.reply(saved.map(|()| Reply::Done).map_err(|e| log::chain(&e)), ops);
             }
             Request::Metrics => self.serve_metrics(ops),
             Request::Balloon { pages } => {

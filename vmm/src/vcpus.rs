@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use hyper_vmm_hv::{Exit, Kicker, Vcpu, kick_signal};
+use hyper_vmm_hv::{Exit, HvError, Kicker, Machine, MachineState, Vcpu, VcpuState, kick_signal};
 use vmm_sys_util::signal::Killable;
 
 use crate::bus::Bus;
@@ -60,6 +60,8 @@ pub(crate) struct Vcpus {
     gate: Arc<Gate>,
     bus: Arc<Bus>,
     threads: Vec<JoinHandle<()>>,
+    /// Each is locked by its thread but while that is parked.
+    vcpus: Vec<Arc<Mutex<Vcpu>>>,
 }
 
 impl Vcpus {
@@ -73,17 +75,19 @@ impl Vcpus {
             exits: AtomicU64::new(0),
             life: Arc::clone(life),
         });
-        let mut started = Self { gate, bus: Arc::clone(bus), threads: Vec::new() };
-        for vcpu in vcpus.into_iter().rev() {
-            started.spawn(vcpu)?;
+        let vcpus: Vec<_> = vcpus.into_iter().map(|vcpu| Arc::new(Mutex::new(vcpu))).collect();
+        let mut started = Self { gate, bus: Arc::clone(bus), threads: Vec::new(), vcpus: vcpus.clone() };
+        for (index, vcpu) in vcpus.into_iter().enumerate().rev() {
+            started.spawn(index, vcpu)?;
         }
         Ok(started)
     }
 
-    fn spawn(&mut self, vcpu: Vcpu) -> Result<(), StartError> {
+    fn spawn(&mut self, index: usize, vcpu: Arc<Mutex<Vcpu>>) -> Result<(), StartError> {
         let (gate, bus) = (Arc::clone(&self.gate), Arc::clone(&self.bus));
-        let name = format!("vcpu{}", vcpu.index());
-        let thread = std::thread::Builder::new().name(name).spawn(move || run(vcpu, &gate, &bus));
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            .spawn(move || run(index, &vcpu, &gate, &bus));
         self.threads.push(thread.map_err(StartError::Thread)?);
         Ok(())
     }
@@ -97,9 +101,11 @@ impl Vcpus {
     pub(crate) fn add(&mut self, vcpu: Vcpu) -> Result<(), StartError> {
         let kicker = vcpu.kicker()?;
         self.kickers(|kickers| kickers.push(kicker));
-        let spawned = self.spawn(vcpu);
-        if spawned.is_err() {
-            self.kickers(|kickers| drop(kickers.pop()));
+        let vcpu = Arc::new(Mutex::new(vcpu));
+        let spawned = self.spawn(self.vcpus.len(), Arc::clone(&vcpu));
+        match spawned {
+            Ok(()) => self.vcpus.push(vcpu),
+            Err(_) => self.kickers(|kickers| drop(kickers.pop())),
         }
         spawned
     }
@@ -128,6 +134,22 @@ impl Vcpus {
         self.gate.resumed.notify_all();
     }
 
+    /// State of all processors, in order of their numbers, and of what they have in common. Only when all of them are paused: one that
+    /// runs would be waited for.
+    pub(crate) fn save(&self, kvm: &Machine) -> Result<(Vec<VcpuState>, MachineState), HvError> {
+        let held: Vec<_> =
+            self.vcpus.iter().map(|vcpu| vcpu.lock().unwrap_or_else(PoisonError::into_inner)).collect();
+        let mut states = held.iter().map(|vcpu| kvm.save_vcpu(vcpu)).collect::<Result<Vec<_>, _>>()?;
+        VcpuState::align_clocks(&mut states);
+        let first = held.first().ok_or(HvError::State("a machine without processors"))?;
+        Ok((states, kvm.save(first)?))
+    }
+
+    /// State of all devices on ports.
+    pub(crate) fn save_ports(&self) -> Vec<Vec<u8>> {
+        self.bus.save_ports()
+    }
+
     /// Exits to this process so far, all processors.
     pub(crate) fn exits(&self) -> u64 {
         self.gate.exits.load(Ordering::Relaxed)
@@ -138,34 +160,40 @@ impl Vcpus {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StartError {
     #[error(transparent)]
-    Kvm(#[from] hyper_vmm_hv::HvError),
+    Kvm(#[from] HvError),
     #[error("cannot start a vCPU thread")]
     Thread(#[source] io::Error),
 }
 
 /// The life of one processor.
-fn run(mut vcpu: Vcpu, gate: &Gate, bus: &Bus) {
-    let index = usize::from(vcpu.index());
+fn run(index: usize, shared: &Mutex<Vcpu>, gate: &Gate, bus: &Bus) {
     if index == 0 {
         gate.life.mark(Mark::Entered);
     }
+    let hold = || shared.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut vcpu = hold();
     while !gate.life.has_ended() {
         let exit = vcpu.run();
         gate.exits.fetch_add(1, Ordering::Relaxed);
+        let mut kicked = false;
         match exit {
             Exit::PortWrite(port, data) => bus.port_write(port, data),
             Exit::PortRead(port, data) => bus.port_read(port, data),
             Exit::MmioWrite(address, data) => bus.mmio_write(address, data),
             Exit::MmioRead(address, data) => bus.mmio_read(address, data),
             Exit::Again => {}
-            Exit::Kicked => {
-                if gate.pass(index) {
-                    vcpu.was_stopped();
-                }
-            }
+            Exit::Kicked => kicked = true,
             Exit::Fault(fault) => {
                 let fault = vcpu.explain(fault);
                 gate.life.end(Ending::Fault(format!("{fault} on vCPU {index}")));
+            }
+        }
+        if kicked {
+            drop(vcpu);
+            let stayed = gate.pass(index);
+            vcpu = hold();
+            if stayed {
+                vcpu.was_stopped();
             }
         }
     }

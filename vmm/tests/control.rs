@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 
-use hyper_vmm_spec::control::{MAX_PACKET_BYTES, Message, Request, exit_code};
+use hyper_vmm_spec::control::{MAX_PACKET_BYTES, Message, Request, SnapshotFds, exit_code};
 use hyper_vmm_spec::probe::ProbeReport;
 use hyper_vmm_spec::{FdSlot, VmSpec};
 use rustix::net::{
@@ -154,6 +154,47 @@ fn a_corrupt_kernel_is_called_corrupt() {
         assert!(why.contains(word), "{why}");
         assert_eq!(code, exit_code::BUILD);
     }
+}
+
+/// The same file, open for reading only.
+fn reopened(file: &File) -> File {
+    use std::os::fd::AsRawFd;
+    File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap()
+}
+
+#[test]
+fn a_damaged_snapshot_is_called_damaged() {
+    let restore = |state: File, memory: File| {
+        let spec = VmSpec::new(1, 64, FdSlot(0), "quiet").unwrap();
+        let snapshot = SnapshotFds { state: FdSlot(0), memory: FdSlot(1) };
+        let owner = Owner::start();
+        let request = serde_json::to_vec(&Request::Restore { spec, snapshot }).unwrap();
+        owner.send(&request, &[state, memory]);
+        let (why, code, _) = owner.refused();
+        assert_eq!(code, exit_code::BUILD);
+        why
+    };
+    let memory = |mib: u64| {
+        let memory = file(b"");
+        memory.set_len(mib << 20).unwrap();
+        memory
+    };
+    let empty = [b"HYPRSNAP".as_slice(), &1_u32.to_le_bytes(), &[0; 12]].concat();
+    let newer = [b"HYPRSNAP".as_slice(), &99_u32.to_le_bytes(), &[0; 12]].concat();
+    for (state, word) in [
+        (&b""[..], "cut short"),
+        (b"HYPRSNAP", "cut short"),
+        (&[0; 100], "is not one"),
+        (&newer, "version 99"),
+        (&empty, "damaged"),
+    ] {
+        let why = restore(file(state), reopened(&memory(64)));
+        assert!(why.contains(word), "{why}");
+    }
+    let why = restore(file(&empty), reopened(&memory(63)));
+    assert!(why.contains("66060288 bytes long, not 67108864"), "{why}");
+    let why = restore(file(&empty), memory(64));
+    assert!(why.contains("not open for reading only"), "{why}");
 }
 
 #[test]

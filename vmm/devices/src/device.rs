@@ -18,6 +18,8 @@ use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::state::{Reader, StateError};
+
 /// Guest memory as devices see it: cheap to clone.
 pub type GuestMem = Arc<GuestMemoryMmap>;
 
@@ -108,6 +110,26 @@ pub trait VirtioDevice: Send + fmt::Debug {
     fn activate(&mut self, context: ActivateContext) -> Result<Vec<Handler>, ActivateError>;
     /// The driver wrote status 0. The handlers have been removed from the event loop and dropped; stop workers, forget queues.
     fn reset(&mut self);
+    /// Stops what runs beside the event loop, before the machine is saved: until [`VirtioDevice::resume`] nothing of the device touches guest
+    /// memory, and what was done is told to the guest. Devices that live on the loop have nothing to stop.
+    fn pause(&mut self) {}
+    /// Lets it go on. Does nothing unless it was paused.
+    fn resume(&mut self) {}
+    /// What the device itself has to remember when the machine is saved; the transport sees to features and queues. Called between turns
+    /// of the event loop, while no processor runs and the device is paused: all chains that were taken have been given back.
+    ///
+    /// # Errors
+    /// [`StateError::Unsaved`] when it cannot be saved, or not as it is now. Without code of its own a device cannot be.
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        Err(StateError::Unsaved { device: self.name(), why: "such a device is not saved".to_owned() })
+    }
+    /// Takes what [`VirtioDevice::save`] gave, before it is activated.
+    ///
+    /// # Errors
+    /// When that cannot be.
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        Reader::new(state).end()
+    }
     /// Counters since creation, for metrics: (name, value).
     fn counters(&self) -> Vec<(&'static str, u64)> {
         Vec::new()

@@ -35,10 +35,15 @@ const HYPERVISOR_TIMING: u32 = 0x4000_0010;
 /// Frequency of KVM's emulated APIC bus.
 const APIC_BUS_KHZ: u32 = 1_000_000;
 
+/// Whether AMD made the processor.
+pub(crate) fn is_amd(entries: &[kvm_cpuid_entry2]) -> bool {
+    entries.iter().any(|e| e.function == 0 && e.ebx == u32::from_le_bytes(*b"Auth"))
+}
+
 /// Makes the list for one processor from what KVM supports.
 pub(crate) fn for_vcpu(supported: &CpuId, place: &Place) -> Result<CpuId, HvError> {
     let mut entries: Vec<kvm_cpuid_entry2> = supported.as_slice().to_vec();
-    let amd = entries.iter().any(|e| e.function == 0 && e.ebx == u32::from_le_bytes(*b"Auth"));
+    let amd = is_amd(&entries);
     let most_basic = entries.iter().find(|e| e.function == 0).map_or(0, |e| e.eax);
     // Topology in several subleaves: written below. Leaf 0x1f would be asked before 0xb; without it Linux takes 0xb.
     entries.retain(|e| !matches!(e.function, 0xb | 0x1f | HYPERVISOR_TIMING));

@@ -51,6 +51,23 @@ pub enum HvError {
     /// Guest memory could not be lent to KVM.
     #[error("guest memory at {0:#x} has no host address")]
     MemoryAddress(u64),
+    /// Saved state that cannot be, or that this program does not know how to save; of what.
+    #[error("the state of {0} is not one that this program saves")]
+    State(&'static str),
+    /// A model-specific register does not take its saved value.
+    #[error("KVM refused the value {value:#x} of model-specific register {index:#x}")]
+    Msr {
+        /// Which.
+        index: u32,
+        /// The value.
+        value: u64,
+    },
+    /// A machine was saved on another host, or under another kernel.
+    #[error("the machine was saved under a KVM or a processor that offers something else")]
+    OtherHost,
+    /// Memory could not be given back to the host.
+    #[error("cannot give guest memory back")]
+    Discard(#[source] std::io::Error),
     /// The signal that stops vCPUs could not be set up.
     #[error("cannot install the signal handler for vCPU threads")]
     Signal(#[source] Errno),

@@ -3,6 +3,7 @@
 //! ```text
 //! Hypervisor::open --create_machine--> Machine --create_vcpu--> Vcpu --run--> Exit
 //!      |                                  |                       \--kicker--> Kicker (any thread: make run return)
+//!      |                                  |--save, restore (of what is stopped) --> MachineState, VcpuState
 //!      \--probe (is this KVM real?)       \--irqfd, ioeventfd
 //! ```
 //!
@@ -15,6 +16,7 @@ mod error;
 mod kick;
 mod machine;
 mod probe;
+mod state;
 mod vcpu;
 
 pub use entry::Entry;
@@ -22,4 +24,5 @@ pub use error::HvError;
 pub use kick::{Kicker, install_kick_signal, kick_signal};
 pub use machine::{Hypervisor, Machine};
 pub use probe::{KvmKind, Probe, RingSpeed, probe};
+pub use state::{MachineState, VcpuState};
 pub use vcpu::{Exit, Fault, Vcpu};

@@ -10,6 +10,7 @@ use kvm_ioctls::{Cap, Error as Errno, IoEventAddress, Kvm, VmFd};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::state::{self, MachineState, VcpuState};
 use crate::{HvError, Vcpu};
 
 /// The one version of the KVM interface (since Linux 2.6.22).
@@ -75,7 +76,7 @@ impl Hypervisor {
     /// # Errors
     /// [`HvError::Vcpus`], or [`HvError::Refused`] with what KVM would not do.
     pub fn create_machine(
-        &self,
+        self,
         mem: Arc<GuestMemoryMmap>,
         memory_end: u64,
         vcpus: u8,
@@ -95,7 +96,7 @@ impl Hypervisor {
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(HvError::refused("list processor features"))?;
         let deadline_timer = self.kvm.check_extension(Cap::TscDeadlineTimer);
-        Ok(Machine { vm, mem, cpuid, deadline_timer, vcpus })
+        Ok(Machine { vm, mem, cpuid, deadline_timer, vcpus, kvm: self.kvm })
     }
 
     /// `KVM_CREATE_VM` is interrupted by any signal that is pending, and by cgroup moves: try again a few times.
@@ -149,6 +150,7 @@ pub struct Machine {
     cpuid: CpuId,
     deadline_timer: bool,
     vcpus: u8,
+    kvm: Kvm,
 }
 
 impl Machine {
@@ -194,6 +196,64 @@ impl Machine {
         // SAFETY: `len` bytes are mapped from `host`, as was just checked, and `self.mem` outlives all processors. KVM refuses what
         // overlaps another slot.
         unsafe { self.vm.set_user_memory_region(slot) }.map_err(HvError::refused("take guest memory"))
+    }
+
+    /// Reads all that processors have in common, of a machine that is stopped.
+    ///
+    /// # Errors
+    /// [`HvError::Refused`].
+    pub fn save(&self, processor: &Vcpu) -> Result<MachineState, HvError> {
+        state::save_machine(&self.vm, self.host(processor))
+    }
+
+    /// Puts back what [`Machine::save`] read, after all processors.
+    ///
+    /// # Errors
+    /// [`HvError::OtherHost`], [`HvError::State`] or [`HvError::Refused`].
+    pub fn restore(&self, saved: &MachineState, processor: &Vcpu) -> Result<(), HvError> {
+        state::restore_machine(&self.vm, saved, self.host(processor))
+    }
+
+    fn host(&self, processor: &Vcpu) -> u64 {
+        state::fingerprint(self.cpuid.as_slice(), processor.fd().get_tsc_khz().unwrap_or(0))
+    }
+
+    /// Reads a processor that is stopped.
+    ///
+    /// # Errors
+    /// [`HvError::Refused`], or [`HvError::State`] when it has registers that are not saved.
+    pub fn save_vcpu(&self, vcpu: &Vcpu) -> Result<VcpuState, HvError> {
+        let listed =
+            self.kvm.get_msr_index_list().map_err(HvError::refused("list model-specific registers"))?;
+        state::save_vcpu(&self.vm, vcpu.fd(), &state::msr_indices(listed.as_slice()))
+    }
+
+    /// Puts a processor that was just made into a saved state.
+    ///
+    /// # Errors
+    /// [`HvError::Refused`] or [`HvError::Msr`].
+    pub fn restore_vcpu(&self, vcpu: &Vcpu, saved: &VcpuState) -> Result<(), HvError> {
+        state::restore_vcpu(&self.vm, vcpu.fd(), saved, crate::cpuid::is_amd(self.cpuid.as_slice()))
+    }
+
+    /// Gives the host back the private copies of `len` bytes of memory at `start`, both multiples of 4096. What the guest reads there
+    /// next is what the memory's file has, or zeroes when there is none.
+    ///
+    /// # Errors
+    /// [`HvError::MemoryAddress`] when that is not inside one region of memory, [`HvError::Discard`].
+    pub fn discard(&self, start: u64, len: u64) -> Result<(), HvError> {
+        let outside = || HvError::MemoryAddress(start);
+        let region = self.mem.find_region(GuestAddress(start)).ok_or_else(outside)?;
+        let inside = start - region.start_addr().0;
+        if inside.checked_add(len).is_none_or(|end| end > region.len()) {
+            return Err(outside());
+        }
+        let host = self.mem.get_host_address(GuestAddress(start)).map_err(|_| outside())?;
+        let len = usize::try_from(len).map_err(|_| outside())?;
+        // SAFETY: `len` bytes are mapped from `host`, as was just checked, and stay mapped. They are guest memory, which Rust reads by
+        // volatile copies only: that they change under it is what they always do.
+        unsafe { rustix::mm::madvise(host.cast(), len, rustix::mm::Advice::LinuxDontNeed) }
+            .map_err(|error| HvError::Discard(error.into()))
     }
 
     /// Makes processor `index` with its features and topology. Processor 0 is the one that boots; the others wait for it.

@@ -70,6 +70,10 @@ impl Vcpu {
         Self { fd, index, run_size, _mem: mem }
     }
 
+    pub(crate) fn fd(&self) -> &VcpuFd {
+        &self.fd
+    }
+
     /// Number of the processor, from 0.
     #[must_use]
     pub fn index(&self) -> u8 {

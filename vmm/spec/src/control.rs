@@ -1,13 +1,14 @@
 //! What is said on the VMM's control socket.
 //!
 //! The socket is a `SOCK_SEQPACKET` Unix socket pair; the VMM's end is its standard input. Each packet is one JSON value of at
-//! most [`MAX_PACKET_BYTES`]. The first packet from the owner is [`Request::Boot`]; with it, as `SCM_RIGHTS`, travel the
+//! most [`MAX_PACKET_BYTES`]. The first packet from the owner is [`Request::Boot`] or [`Request::Restore`]; with it, as `SCM_RIGHTS`, travel the
 //! descriptors that the spec names by [`crate::FdSlot`]. Every request gets exactly one [`Message::Reply`], in order; at any time the
 //! VMM may send a [`Message::Event`]. When the owner closes its end, the VMM ends the machine at once.
 //!
 //! ```text
-//! owner --Boot(spec)+fds--> | VMM: Building --ok--> Running <--Pause/Resume--> Paused
-//!       <--Reply--          |                          \--guest ends, Shutdown, owner gone--> Event(Exited), process exit
+//! owner --Boot(spec)+fds--> | VMM: Building --ok--> Running <--Pause/Resume--> Paused --Save+fds--> Paused
+//!   or Restore(spec)+fds--> |                          \--guest ends, Shutdown, owner gone--> Event(Exited), process exit
+//!       <--Reply--          |
 //! ```
 
 use serde::{Deserialize, Serialize};
@@ -40,6 +41,21 @@ pub enum Request {
     Boot {
         /// What to build.
         spec: VmSpec,
+    },
+    /// Build the machine, put it where one was that was saved, and let it go on. The machine has the memory of the saved one as its own
+    /// copy: pages are shared with the file until the guest writes to them.
+    Restore {
+        /// What to build: processors, memory and kinds of devices as in the machine that was saved. Backends, addresses and names of
+        /// devices may differ, and are the guest's to find out. Kernel, initramfs and command line are not used.
+        spec: VmSpec,
+        /// What was saved.
+        snapshot: SnapshotFds,
+    },
+    /// Write the machine to files; it must be paused, and stays so. Refused when a device has something that another machine cannot
+    /// take over: disks, shares, added memory, open vsock connections.
+    Save {
+        /// Empty files, opened for writing.
+        snapshot: SnapshotFds,
     },
     /// Ask for the state and the boot timeline.
     State,
@@ -84,6 +100,16 @@ pub enum Request {
     },
     /// End the machine now, without asking the guest.
     Shutdown,
+}
+
+/// A saved machine. Both files belong together, and to the VMM, kernel and processor that wrote them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotFds {
+    /// Processors and devices.
+    pub state: FdSlot,
+    /// Guest memory, region after region, with holes where it is zero. To be restored from it must be opened for reading only, and its
+    /// content must stay as long as machines run on it.
+    pub memory: FdSlot,
 }
 
 /// What the VMM sends.

@@ -5,6 +5,7 @@
 
 mod handler;
 mod request;
+mod state;
 
 pub use handler::{MemfdPages, PageRelease};
 
@@ -13,6 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::device::{ActivateContext, ActivateError, ActiveQueue, Handler, Interrupt, VirtioDevice};
 use crate::serve::{Counter, QueueHandler, ServeChain};
+use crate::state::StateError;
 use crate::transport::{F_EVENT_IDX, F_VERSION_1};
 use handler::{Deflate, Inflate, Report};
 
@@ -168,6 +170,14 @@ impl<P: PageRelease> VirtioDevice for Balloon<P> {
         self.target.state.actual_pages.store(0, Ordering::SeqCst);
     }
 
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        Ok(state::save(&self.target.state))
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        state::restore(&self.target.state, state)
+    }
+
     fn counters(&self) -> Vec<(&'static str, u64)> {
         vec![
             ("target_pages", u64::from(self.target.state.target_pages.load(Ordering::SeqCst))),
@@ -239,6 +249,20 @@ mod tests {
         balloon.reset();
         target.set_pages(1);
         assert_eq!(interrupt.config.load(Ordering::SeqCst), 1, "nobody to tell after a reset");
+    }
+
+    #[test]
+    fn target_and_what_was_handed_over_are_saved() {
+        let mut balloon = Balloon::new(Nowhere, true);
+        balloon.target().set_pages(70);
+        balloon.write_config(4, &60_u32.to_le_bytes());
+        let state = balloon.save().unwrap();
+        let mut again = Balloon::new(Nowhere, true);
+        again.restore(&state).unwrap();
+        let mut config = [0; 8];
+        again.read_config(0, &mut config);
+        assert_eq!(config, [70, 0, 0, 0, 60, 0, 0, 0]);
+        assert_eq!(again.restore(&state[1..]).unwrap_err(), StateError::Length);
     }
 
     #[test]

@@ -14,6 +14,7 @@ use hyper_vmm_spec::DiskId;
 
 use super::{Blk, BlkError, QUEUE_SIZE};
 use crate::device::{ActivateContext, ActivateError, Handler, VirtioDevice};
+use crate::state::StateError;
 use crate::transport::F_VERSION_1;
 
 /// Device id 0 (virtio 1.2, 4.2.2): nothing is here, and a driver says nothing about it.
@@ -112,6 +113,13 @@ impl VirtioDevice for Bay {
         if let Some(disk) = self.handle.disk().as_mut() {
             disk.reset();
         }
+    }
+
+    /// Nothing, and only when it is empty: a disk belongs to one machine.
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        self.ask(Ok(Vec::new()), |_| {
+            Err(StateError::Unsaved { device: self.name(), why: "a disk is in it".to_owned() })
+        })
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

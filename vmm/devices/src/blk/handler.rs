@@ -80,8 +80,8 @@ impl BlkHandler {
         Ok(epoll)
     }
 
-    /// The worker's whole life: until `stop`.
-    pub(super) fn work(mut self, epoll: &Epoll, stop: &Stop) {
+    /// The worker's whole life: until `stop`. Then all that was served has been told, and another may go on.
+    pub(super) fn work(mut self, epoll: &Epoll, stop: &Stop) -> Self {
         let mut bounce = vec![0; BOUNCE_BYTES].into_boxed_slice();
         let mut notes = Notes::new("blk");
         while !stop.asked.load(Ordering::Acquire) {
@@ -99,10 +99,12 @@ impl BlkHandler {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
                     notes.write(format_args!("cannot wait for requests: {error}"));
-                    return self.interrupt.needs_reset();
+                    self.interrupt.needs_reset();
+                    break;
                 }
             }
         }
+        self
     }
 
     /// Serves all requests that are there.

@@ -5,10 +5,12 @@ mod bay;
 mod disk;
 mod handler;
 mod request;
+mod state;
 #[cfg(test)]
 mod tests;
 
 use std::fs::File;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
@@ -28,6 +30,7 @@ use self::disk::Disk;
 use self::handler::{BlkHandler, Counters, Stop};
 use self::request::{ID_BYTES, config_space};
 use crate::device::{ActivateContext, ActivateError, Handler, VirtioDevice};
+use crate::state::StateError;
 
 /// Largest size of the queue.
 const QUEUE_SIZE: u16 = 256;
@@ -36,7 +39,23 @@ const QUEUE_SIZE: u16 = 256;
 #[derive(Debug)]
 struct Worker {
     stop: Arc<Stop>,
-    thread: JoinHandle<()>,
+    thread: JoinHandle<BlkHandler>,
+}
+
+impl Worker {
+    fn start(handler: BlkHandler) -> io::Result<Self> {
+        let stop = Arc::new(Stop::new()?);
+        let epoll = handler.event_set(&stop)?;
+        let asked = Arc::clone(&stop);
+        let work = move || handler.work(&epoll, &asked);
+        Ok(Self { stop, thread: std::thread::Builder::new().name("blk".to_owned()).spawn(work)? })
+    }
+
+    /// Returns when the request that it was at has ended; none when it has panicked, and said so.
+    fn stop(self) -> Option<BlkHandler> {
+        self.stop.ask();
+        self.thread.join().ok()
+    }
 }
 
 /// The device.
@@ -47,6 +66,10 @@ pub struct Blk {
     config: Vec<u8>,
     counters: Arc<Counters>,
     worker: Option<Worker>,
+    /// What the worker left when it was paused.
+    paused: Option<BlkHandler>,
+    /// The driver was started with another capacity.
+    resized: bool,
 }
 
 impl Blk {
@@ -61,7 +84,15 @@ impl Blk {
             *to = from;
         }
         let config = config_space(disk.sectors(), read_only);
-        Ok(Self { serial, disk, config, counters: Arc::default(), worker: None })
+        Ok(Self {
+            serial,
+            disk,
+            config,
+            counters: Arc::default(),
+            worker: None,
+            paused: None,
+            resized: false,
+        })
     }
 
     /// As [`Blk::new`], read-only when the descriptor is.
@@ -75,10 +106,10 @@ impl Blk {
     }
 
     fn stop(&mut self) {
+        self.paused = None;
+        self.resized = false;
         if let Some(worker) = self.worker.take() {
-            worker.stop.ask();
-            // A worker that panicked has said so; there is nothing to add.
-            let _ = worker.thread.join();
+            drop(worker.stop());
         }
     }
 }
@@ -136,15 +167,36 @@ impl VirtioDevice for Blk {
             active,
             counters: Arc::clone(&self.counters),
         };
-        let stop = Arc::new(Stop::new().map_err(prepare)?);
-        let epoll = handler.event_set(&stop).map_err(prepare)?;
-        let asked = Arc::clone(&stop);
-        let thread = std::thread::Builder::new()
-            .name("blk".to_owned())
-            .spawn(move || handler.work(&epoll, &asked))
-            .map_err(prepare)?;
-        self.worker = Some(Worker { stop, thread });
+        if std::mem::take(&mut self.resized) {
+            handler.interrupt.config_changed();
+        }
+        self.worker = Some(Worker::start(handler).map_err(prepare)?);
         Ok(Vec::new())
+    }
+
+    fn pause(&mut self) {
+        if let Some(worker) = self.worker.take() {
+            self.paused = worker.stop();
+        }
+    }
+
+    fn resume(&mut self) {
+        let Some(handler) = self.paused.take() else { return };
+        let interrupt = Arc::clone(&handler.interrupt);
+        match Worker::start(handler) {
+            Ok(worker) => self.worker = Some(worker),
+            Err(_) => interrupt.needs_reset(),
+        }
+    }
+
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        Ok(state::save(self.disk.sectors()))
+    }
+
+    /// Another disk may be here than in the machine that was saved: its driver is told when it is activated.
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        self.resized = state::restore(state)? != self.disk.sectors();
+        Ok(())
     }
 
     /// Returns when the request that the worker was at has ended: after it, nothing touches guest memory.

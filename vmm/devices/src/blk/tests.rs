@@ -278,3 +278,37 @@ fn an_impossible_ring_index_does_not_hang_the_worker() {
     vm.kick.write(1).unwrap();
     vm.blk.reset();
 }
+
+#[test]
+fn a_paused_disk_serves_nothing_and_goes_on() {
+    let mem = memory();
+    let (_named, file) = file(8192);
+    let mut machine = Machine::new(&mem, Blk::new(&id(), file, false).unwrap());
+    assert_eq!(machine.ask(FLUSH, 0, &[]).0, OK);
+    machine.blk.pause();
+    machine.blk.pause();
+    assert!(machine.blk.worker.is_none(), "its thread has ended");
+    machine.mem.write_slice(&[[0; 8], [0; 8]].concat(), GuestAddress(HEADER)).unwrap();
+    machine.driver.offer(&[(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)]);
+    machine.kick.write(1).unwrap();
+    assert!(machine.driver.used().is_none());
+    machine.blk.resume();
+    machine.wait();
+    assert_eq!(machine.ask(FLUSH, 0, &[]).0, OK);
+    machine.blk.resume();
+    assert!(machine.blk.worker.is_some());
+}
+
+#[test]
+fn a_driver_is_told_of_another_disks_size() {
+    let mem = memory();
+    let disk = |bytes| Blk::new(&id(), file(bytes).1, false).unwrap();
+    let state = disk(8192).save().unwrap();
+    for (bytes, told) in [(8192, 0), (4096, 1)] {
+        let mut blk = disk(bytes);
+        blk.restore(&state).unwrap();
+        let machine = Machine::new(&mem, blk);
+        assert_eq!(machine.interrupt.config.load(Ordering::SeqCst), told, "{bytes}");
+    }
+    assert!(disk(4096).restore(&state[1..]).is_err());
+}

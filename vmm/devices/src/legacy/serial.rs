@@ -4,11 +4,13 @@ use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::PortDevice;
 use crate::output::Output;
+use crate::state::StateError;
 
 /// Lines kept.
 const MAX_LINES: usize = 40;
@@ -92,7 +94,7 @@ impl Write for SharedLog {
 }
 
 #[derive(Debug)]
-struct Line(EventFd);
+struct Line(Arc<EventFd>);
 
 impl Trigger for Line {
     type E = io::Error;
@@ -103,7 +105,11 @@ impl Trigger for Line {
 
 /// A 16550A whose input is never used.
 #[derive(Debug)]
-pub struct SerialPort(Serial<Line, vm_superio::serial::NoEvents, SharedLog>);
+pub struct SerialPort {
+    port: Serial<Line, NoEvents, SharedLog>,
+    irq: Arc<EventFd>,
+    log: SharedLog,
+}
 
 impl SerialPort {
     /// Ports that it takes.
@@ -112,20 +118,55 @@ impl SerialPort {
     /// `irq` is signalled for interrupts; what the guest sends goes to `log`.
     #[must_use]
     pub fn new(irq: EventFd, log: Arc<Mutex<LineLog>>) -> Self {
-        Self(Serial::new(Line(irq), SharedLog(log)))
+        let (irq, log) = (Arc::new(irq), SharedLog(log));
+        Self { port: Serial::new(Line(Arc::clone(&irq)), log.clone()), irq, log }
     }
+}
+
+/// In the order in which they are saved.
+fn registers(state: &mut SerialState) -> [&mut u8; 9] {
+    [
+        &mut state.baud_divisor_low,
+        &mut state.baud_divisor_high,
+        &mut state.interrupt_enable,
+        &mut state.interrupt_identification,
+        &mut state.line_control,
+        &mut state.line_status,
+        &mut state.modem_control,
+        &mut state.modem_status,
+        &mut state.scratch,
+    ]
 }
 
 impl PortDevice for SerialPort {
     fn read(&mut self, offset: u16) -> u8 {
-        u8::try_from(offset).map_or(0xff, |offset| self.0.read(offset))
+        u8::try_from(offset).map_or(0xff, |offset| self.port.read(offset))
     }
 
     fn write(&mut self, offset: u16, value: u8) {
         if let Ok(offset) = u8::try_from(offset) {
             // Fails when the interrupt's counter is full, and then the line is already up.
-            let _already_up = self.0.write(offset, value);
+            let _already_up = self.port.write(offset, value);
         }
+    }
+
+    /// What the guest's driver has set up; input is never there.
+    fn save(&self) -> Vec<u8> {
+        registers(&mut self.port.state()).map(|register| *register).to_vec()
+    }
+
+    fn restore(&mut self, bytes: &[u8]) -> Result<(), StateError> {
+        let mut state = SerialState::default();
+        let registers = registers(&mut state);
+        if registers.len() != bytes.len() {
+            return Err(StateError::Length);
+        }
+        for (register, byte) in registers.into_iter().zip(bytes) {
+            *register = *byte;
+        }
+        let port = Serial::from_state(&state, Line(Arc::clone(&self.irq)), NoEvents, self.log.clone());
+        self.port = port.map_err(|_| StateError::Value { what: "a serial port" })?;
+        Ok(())
     }
 }
 
@@ -172,6 +213,24 @@ mod tests {
         assert!(lines.iter().all(|line| line.len() <= MAX_LINE_BYTES));
         assert!(lines[0].starts_with("line 61 "), "{}", lines[0]);
         assert!(log.lock().unwrap().pending.len() <= MAX_PENDING_BYTES);
+    }
+
+    #[test]
+    fn set_up_is_saved() {
+        let (mut port, log) = port(None);
+        // Divisor latch, a divisor, then 8 bits without it, and interrupts.
+        for (offset, value) in [(3, 0x83), (0, 1), (1, 0), (3, 0x03), (1, 0x05), (7, 0x5a)] {
+            port.write(offset, value);
+        }
+        let state = port.save();
+        let irq = EventFd::new(EFD_NONBLOCK).unwrap();
+        let mut again = SerialPort::new(irq, Arc::clone(&log));
+        again.restore(&state).unwrap();
+        assert_eq!([1, 3, 7].map(|offset| again.read(offset)), [0x05, 0x03, 0x5a]);
+        assert_eq!(again.save(), state);
+        say(&mut again, b"still here\n");
+        assert_eq!(log.lock().unwrap().last_lines(), ["still here"]);
+        assert_eq!(again.restore(&state[1..]), Err(StateError::Length));
     }
 
     #[test]

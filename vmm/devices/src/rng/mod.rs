@@ -6,6 +6,7 @@ pub use handler::{Entropy, HostEntropy, MAX_REQUEST_BYTES};
 
 use crate::device::{ActivateContext, ActivateError, Handler, VirtioDevice};
 use crate::serve::{Counter, QueueHandler};
+use crate::state::StateError;
 use crate::transport::{F_EVENT_IDX, F_VERSION_1};
 use handler::RngServer;
 
@@ -51,6 +52,10 @@ impl<E: Entropy> VirtioDevice for Rng<E> {
         Ok(vec![Box::new(QueueHandler { active, mem, interrupt, malformed, server })])
     }
     fn reset(&mut self) {}
+    /// Nothing: bytes come from the host.
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        Ok(Vec::new())
+    }
     fn counters(&self) -> Vec<(&'static str, u64)> {
         vec![("bytes", self.bytes.get()), ("malformed", self.malformed.get())]
     }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::device::Interrupt;
+use crate::state::{Reader, StateError, Writer};
 
 /// `VIRTIO_MMIO_INT_VRING`: buffers were used.
 pub(super) const USED_QUEUE: u32 = 1;
@@ -54,6 +55,28 @@ impl InterruptLine {
         self.status.store(0, Ordering::SeqCst);
         self.needs_reset.store(false, Ordering::SeqCst);
         self.shared.store(false, Ordering::SeqCst);
+    }
+
+    /// Bits that are set, and the generation.
+    pub(super) fn save(&self, to: &mut Writer) {
+        to.u32(self.status.load(Ordering::SeqCst));
+        to.u32(self.generation());
+    }
+
+    /// What [`InterruptLine::save`] wrote.
+    pub(super) fn restore(&self, from: &mut Reader<'_>) -> Result<(), StateError> {
+        self.status.store(from.u32()? & (USED_QUEUE | CONFIG_CHANGED), Ordering::SeqCst);
+        self.generation.store(from.u32()?, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Raises the line if a bit is set: whether the guest has seen the interrupt before it was saved is not known, and one too many
+    /// does no harm.
+    pub(super) fn raise_again(&self) {
+        if self.status.load(Ordering::SeqCst) != 0 {
+            // Fails only when the counter is full, and then the line is already up.
+            let _already_up = self.event.write(1);
+        }
     }
 
     fn raise(&self, bit: u32) {

@@ -6,6 +6,7 @@
 mod interrupt;
 mod queue;
 mod registers;
+mod state;
 mod status;
 #[cfg(test)]
 mod tests;

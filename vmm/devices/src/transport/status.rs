@@ -55,6 +55,16 @@ pub(super) enum Step {
     Reset,
 }
 
+const ALL: [Status; 7] = [
+    Status::Reset,
+    Status::Acknowledged,
+    Status::Driver,
+    Status::FeaturesOk,
+    Status::Live,
+    Status::NeedsReset,
+    Status::Failed,
+];
+
 /// All that a driver may do, one row per step.
 const TABLE: [(Status, u8, Step); 4] = [
     (Status::Reset, ACKNOWLEDGED, Step::Go(Status::Acknowledged)),
@@ -75,6 +85,11 @@ impl Status {
             Self::NeedsReset => LIVE | bit::NEEDS_RESET,
             Self::Failed => bit::FAILED,
         }
+    }
+
+    /// The status whose register reads as `bits`.
+    pub(super) fn from_bits(bits: u8) -> Option<Self> {
+        ALL.into_iter().find(|status| status.bits() == bits)
     }
 
     /// What the write of `value` means here. Only the low byte of the register exists.
@@ -110,16 +125,6 @@ impl Status {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const ALL: [Status; 7] = [
-        Status::Reset,
-        Status::Acknowledged,
-        Status::Driver,
-        Status::FeaturesOk,
-        Status::Live,
-        Status::NeedsReset,
-        Status::Failed,
-    ];
 
     #[test]
     fn every_write_in_every_state() {

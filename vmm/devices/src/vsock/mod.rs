@@ -15,6 +15,7 @@ use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use rustix::net::SocketAddrUnix;
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -24,6 +25,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use self::handler::{Queues, VsockHandler};
 use self::table::Counters;
 use crate::device::{ActivateContext, ActivateError, Handler, VirtioDevice};
+use crate::state::StateError;
 
 /// Largest size of the receive, transmit and event queue.
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
@@ -102,6 +104,17 @@ impl VirtioDevice for Vsock {
 
     /// All connections ended with the handler.
     fn reset(&mut self) {}
+
+    /// Nothing, and only without connections: a guest that is continued elsewhere must not believe in any. So it needs no reset of the
+    /// transport (5.10.6.7) either.
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        match self.counters.open.load(Ordering::Relaxed) {
+            0 => Ok(Vec::new()),
+            open => {
+                Err(StateError::Unsaved { device: self.name(), why: format!("{open} connections are open") })
+            }
+        }
+    }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
         self.counters.read()

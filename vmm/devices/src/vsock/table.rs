@@ -44,6 +44,8 @@ const FIRST_CONNECTION: u64 = 16;
 /// What is counted since the device was made.
 #[derive(Debug, Default)]
 pub(super) struct Counters {
+    /// Connections that there are just now.
+    pub(super) open: AtomicU64,
     pub(super) connections: AtomicU64,
     pub(super) refused: AtomicU64,
     pub(super) bytes_to_guest: AtomicU64,
@@ -88,6 +90,12 @@ pub(super) struct HostSide {
     next_port: u32,
     /// Connections that have something for the guest, each once.
     ready: VecDeque<u64>,
+}
+
+impl Drop for HostSide {
+    fn drop(&mut self) {
+        self.counters.open.store(0, Ordering::Relaxed);
+    }
 }
 
 impl HostSide {
@@ -137,6 +145,10 @@ impl HostSide {
         self.by_key.get(&key).copied()
     }
 
+    fn count(&self) {
+        self.counters.open.store(self.connections.len() as u64, Ordering::Relaxed);
+    }
+
     fn window(&self) -> u32 {
         if self.connections.len() < FULL_WINDOWS { WINDOW_BYTES } else { SMALL_WINDOW_BYTES }
     }
@@ -146,6 +158,7 @@ impl HostSide {
         self.next_id += 1;
         connection.deadline = wait.map(|wait| Instant::now() + wait);
         self.connections.insert(id, connection);
+        self.count();
         if wait.is_some() {
             self.tick();
         }
@@ -220,6 +233,7 @@ impl HostSide {
     pub(super) fn remove(&mut self, id: u64) {
         self.forget_key(id);
         if let Some(connection) = self.connections.remove(&id) {
+            self.count();
             if connection.watched.is_some() {
                 // Closing would do it as well.
                 let _ = self.unwatch(connection.stream());

@@ -295,7 +295,8 @@ pub(crate) fn set_clock(unix_ns: i64) -> Result<(), AgentError> {
     rustix::time::clock_settime(rustix::time::ClockId::Realtime, time).tried(|| "set the clock".to_owned())
 }
 
-/// Gives the host's entropy to the kernel.
+/// Gives the host's entropy to the kernel, and has it used at once: a machine that was saved shares what the kernel had before with all
+/// that go on from it.
 ///
 /// # Errors
 /// Too little or too much, or what the kernel answers.
@@ -310,7 +311,8 @@ pub(crate) fn add_entropy(bytes: &[u8]) -> Result<(), AgentError> {
     }
     let device = rustix::fs::open("/dev/urandom", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
         .tried(|| "open /dev/urandom".to_owned())?;
-    crate::sys::add_entropy(device.as_fd(), bytes).tried(|| "add entropy".to_owned())
+    crate::sys::add_entropy(device.as_fd(), bytes).tried(|| "add entropy".to_owned())?;
+    crate::sys::reseed(device.as_fd()).tried(|| "use the entropy".to_owned())
 }
 
 #[cfg(test)]

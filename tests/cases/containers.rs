@@ -69,7 +69,7 @@ fn kill_is_137() {
 }
 
 #[test]
-fn exec_runs_beside_and_returns_its_code() {
+pub(crate) fn exec_runs_beside_and_returns_its_code() {
     let container = detached("@busybox sleep 1000");
     container.sh("echo beside; exit 3").fails(3).says("beside");
     hyper("exec -i").args(&[&container.id, "cat"]).stdin("input").ok().says("input");
@@ -83,7 +83,7 @@ fn exec_runs_beside_and_returns_its_code() {
 }
 
 #[test]
-fn writable_layer_survives_stop_and_start() {
+pub(crate) fn writable_layer_survives_stop_and_start() {
     let container = Container::from(hyper("run -d @busybox sh -c").arg("echo again >>/kept; wc -l </kept"));
     assert_eq!(container.wait(), "0");
     container.call("start -a").ok().shows("2");

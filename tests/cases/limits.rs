@@ -33,14 +33,14 @@ fn fraction_of_a_processor_is_a_quota() {
 }
 
 #[test]
-fn uptime_is_the_machines() {
+pub(crate) fn uptime_is_the_machines() {
     let text = hyper("run --rm @debian cut -d. -f1 /proc/uptime").ok().text();
     assert!(text.parse::<u64>().unwrap() < 60, "up for {text} s");
     hyper("run --rm @debian uptime").ok().shows("load average");
 }
 
 #[test]
-fn clock_is_the_hosts() {
+pub(crate) fn clock_is_the_hosts() {
     let guest: i64 = hyper("run --rm @busybox date +%s").ok().text().parse().unwrap();
     let host = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs() as i64;
     assert!((host - guest).abs() < 20, "{guest} against {host}");

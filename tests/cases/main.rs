@@ -21,4 +21,5 @@ mod options;
 mod pods;
 mod run;
 mod services;
+mod template;
 mod terminal;

@@ -40,7 +40,7 @@ fn containers_find_each_other_by_name() {
 }
 
 #[test]
-fn each_has_an_address_of_its_own() {
+pub(crate) fn each_has_an_address_of_its_own() {
     let one = detached("@busybox sleep 1000");
     let two = detached("@busybox sleep 1000");
     let (first, second) = (one.field(".NetworkSettings.IPAddress"), two.field(".NetworkSettings.IPAddress"));
@@ -50,7 +50,7 @@ fn each_has_an_address_of_its_own() {
 }
 
 #[test]
-fn the_way_out_is_masqueraded() {
+pub(crate) fn the_way_out_is_masqueraded() {
     host("ip link add far0 type dummy && ip addr add 192.0.2.1/24 dev far0 && ip link set far0 up").ok();
     hyper("run --rm @busybox sh -c")
         .arg("ping -c 1 -W 20 192.0.2.1 >/dev/null && echo reached")
@@ -60,7 +60,7 @@ fn the_way_out_is_masqueraded() {
 }
 
 #[test]
-fn none_has_only_loopback() {
+pub(crate) fn none_has_only_loopback() {
     hyper("run --rm --network none @busybox ls /sys/class/net").ok().says("lo");
     hyper("run --rm --network none @busybox ping -c 1 127.0.0.1").ok();
 }

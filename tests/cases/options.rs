@@ -37,7 +37,7 @@ fn entrypoint_drops_the_images_command() {
 }
 
 #[test]
-fn hostname_and_hosts() {
+pub(crate) fn hostname_and_hosts() {
     let script = "hostname; grep -w other /etc/hosts; grep -cw named /etc/hosts";
     hyper("run --rm --hostname named --add-host other:10.9.8.7 @busybox sh -c")
         .arg(script)

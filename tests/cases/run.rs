@@ -15,18 +15,18 @@ fn command_of_the_image_is_the_default() {
 }
 
 #[test]
-fn exit_code_comes_back() {
+pub(crate) fn exit_code_comes_back() {
     hyper("run --rm @busybox sh -c").arg("exit 42").fails(42);
 }
 
 #[test]
-fn output_and_error_stay_apart() {
+pub(crate) fn output_and_error_stay_apart() {
     let done = hyper("run --rm @busybox sh -c").arg("echo out; echo err >&2").ok().says("out");
     assert_eq!(done.error(), "err");
 }
 
 #[test]
-fn missing_command_is_127() {
+pub(crate) fn missing_command_is_127() {
     hyper("run --rm @busybox no-such-command").fails(127).complains(&["no-such-command"]);
 }
 
@@ -102,7 +102,7 @@ fn cidfile_has_the_id_and_is_not_overwritten() {
 }
 
 #[test]
-fn entry_and_user_and_folder_come_from_the_image() {
+pub(crate) fn entry_and_user_and_folder_come_from_the_image() {
     let done = hyper("run --rm @user").ok().shows("default words").shows("uid=1234(app) gid=1235(app)");
     let text = done.text();
     assert!(text.contains("4321(extra)"), "{text}");

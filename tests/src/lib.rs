@@ -13,6 +13,7 @@ mod program;
 mod registry;
 mod scratch;
 mod shim;
+mod templates;
 mod terminal;
 
 use std::path::PathBuf;
@@ -23,10 +24,11 @@ pub use container::{Container, detached};
 pub use containerd::{Containerd, Events, HANDLER, RUNTIME, Release, SANDBOX_HANDLER, image_name};
 pub use docker::Docker;
 pub use pods::{Pod, PodSpec};
-pub use program::{Done, Run, Running, host, hyper};
+pub use program::{Done, Run, Running, from_template, host, hyper};
 pub use registry::{AUTH_REGISTRY, REGISTRY, SECRET, USER, image, registry, registry_with_password};
 pub use scratch::Scratch;
 pub use shim::field;
+pub use templates::{booted, cut, garble, templates};
 pub use terminal::Terminal;
 
 /// Ten times what a start needs on hardware, because the processor here is emulated.

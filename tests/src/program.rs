@@ -4,6 +4,7 @@
 use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,16 @@ const SHOWN_BYTES: usize = 4000;
 /// How long the pipes of a program that has ended may stay open.
 const LINGER: Duration = Duration::from_secs(20);
 
+/// What `HYPER_TEMPLATE` is for the programs that a case starts.
+static TEMPLATE: OnceLock<&'static str> = OnceLock::new();
+
+/// Runs a case whose containers all start from a template: what cannot, fails.
+pub fn from_template(case: fn()) {
+    // Each case has a process of its own, and is run once in it.
+    TEMPLATE.get_or_init(|| "always");
+    case();
+}
+
 /// A command line of `hyper`: words are split at white space, and `@name` stands for that image in the registry.
 ///
 /// Arguments with spaces in them follow with [`Run::arg`].
@@ -22,6 +33,9 @@ const LINGER: Duration = Duration::from_secs(20);
 pub fn hyper(words: &str) -> Run {
     let program = given("HYPER_TEST_PREFIX").join("bin/hyper");
     let mut run = Run::new(&program.to_string_lossy());
+    if let Some(mode) = TEMPLATE.get() {
+        run = run.env("HYPER_TEMPLATE", mode);
+    }
     for word in words.split_whitespace() {
         run = match word.strip_prefix('@') {
             Some(name) => run.arg(&image(name)),

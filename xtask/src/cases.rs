@@ -273,6 +273,8 @@ impl Bench<'_> {
                  export HYPER_ROOT=\"$state/data\" HYPER_RUN=\"$state/run\"\n",
             );
         }
+        // Cases of templates ask for them; with the others a machine that is made for later would be taken for one that was left over.
+        job.push_str("export HYPER_TEMPLATE=never\n");
         for name in names {
             // After a failure nothing may be left that makes the next case fail too.
             job.push_str(&format!(

@@ -73,7 +73,16 @@ fn set_interface(socket: &Socket, interface: &Interface) -> Result<(), AgentErro
     if interface.addresses.len() > MAX_ENTRIES {
         return Err(AgentError::limit("addresses of an interface", MAX_ENTRIES));
     }
-    let index = index_of(&parse_mac(&interface.mac)?)?;
+    let mac = parse_mac(&interface.mac)?;
+    let index = if interface.found_mac.is_empty() {
+        index_of(&mac)?
+    } else {
+        let index = index_of(&parse_mac(&interface.found_mac)?)?;
+        socket
+            .request(Message::hardware(index, octets_of(&mac)))
+            .tried(|| format!("give interface {} the address {mac}", interface.found_mac))?;
+        index
+    };
     socket
         .request(Message::name(index, name, interface.mtu))
         .tried(|| format!("name interface {} {name} with mtu {}", interface.mac, interface.mtu))?;

@@ -22,6 +22,7 @@ const NLM_F_ACK: u16 = 4;
 const NLM_F_REPLACE: u16 = 0x100;
 const NLM_F_CREATE: u16 = 0x400;
 const IFF_UP: u32 = 1;
+const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
 const IFA_ADDRESS: u16 = 1;
@@ -93,6 +94,11 @@ impl Message {
         zero_ended.push(0);
         let message = Self::link(index, 0, 0).attribute(IFLA_IFNAME, &zero_ended);
         if mtu == 0 { message } else { message.attribute(IFLA_MTU, &mtu.to_ne_bytes()) }
+    }
+
+    /// Sets the hardware address of an interface that is off.
+    pub(super) fn hardware(index: u32, mac: [u8; 6]) -> Self {
+        Self::link(index, 0, 0).attribute(IFLA_ADDRESS, &mac)
     }
 
     /// Switches an interface on.

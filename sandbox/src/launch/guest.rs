@@ -1,13 +1,16 @@
 //! A running machine with an agent that serves.
 
+use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use hyper_protocol::DOORBELL_PORT;
 use hyper_protocol::rpc::agent::{ConfigureRequest, ConfigureResponse, Empty};
-use hyper_vmm_spec::control::{Reply, Request, Timeline};
+use hyper_vmm_spec::FdSlot;
+use hyper_vmm_spec::control::{Reply, Request, SnapshotFds, Timeline};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::time::{ClockId, clock_gettime};
 use tokio::net::UnixListener;
@@ -20,7 +23,7 @@ use super::child::{keep, last_words, spawn};
 use super::control::{self, Control, VmEnd};
 use super::file_server::FileServer;
 use super::levers::Levers;
-use super::plan::{GuestPlan, assemble, port_path, vsock_path};
+use super::plan::{Assembled, GuestPlan, assemble, port_path, vsock_path};
 use super::{VmError, scaled_ms};
 use crate::dirs::Parts;
 use crate::state::BootTimeline;
@@ -70,6 +73,12 @@ impl Steps {
 #[derive(Debug)]
 pub(crate) struct Guest {
     pub(crate) agent: Arc<Agent>,
+    booted: Booted,
+}
+
+/// A machine whose agent serves and has not been spoken to.
+#[derive(Debug)]
+pub(super) struct Booted {
     control: Arc<Control>,
     vmm: Child,
     file_server: Option<FileServer>,
@@ -78,19 +87,19 @@ pub(crate) struct Guest {
     bays: Vec<u32>,
 }
 
-impl Guest {
-    /// Starts a machine and waits until its agent serves.
-    pub(crate) async fn start(
-        mut plan: GuestPlan,
-        parts: &Parts,
-        steps: &mut Steps,
-    ) -> Result<Self, VmError> {
+impl Booted {
+    /// Boots a machine, or has it go on from a template, until its agent serves.
+    pub(super) async fn new(mut plan: GuestPlan, parts: &Parts, steps: &mut Steps) -> Result<Self, VmError> {
         let descriptor = |what| move |source: io::Error| VmError::Descriptor { what, source };
         let (run_dir, log_dir) = (plan.run_dir.clone(), plan.log_dir.clone());
         let limit = scaled_ms(plan.boot_ms);
         let cgroups = std::mem::take(&mut plan.cgroups);
-        let bell = UnixListener::bind(port_path(&run_dir, DOORBELL_PORT))
-            .map_err(descriptor("the doorbell's socket"))?;
+        // Whoever was saved with its agent serving does not ring again.
+        let bell = match plan.template {
+            Some(_) => None,
+            None => Some(UnixListener::bind(port_path(&run_dir, DOORBELL_PORT))),
+        };
+        let bell = bell.transpose().map_err(descriptor("the doorbell's socket"))?;
         let mut logs = Vec::new();
         let (console_out, console_in) =
             pipe_with(PipeFlags::CLOEXEC).map_err(|e| descriptor("a pipe")(e.into()))?;
@@ -112,19 +121,78 @@ impl Guest {
         let (vmm, log) = spawn("hyper-vmm", &parts.vmm, &[], far, &log_dir.join("vmm.log"), &cgroups)?;
         logs.push(log);
         steps.done("vmm-spawned");
-        let boot = Request::Boot { spec: assembled.spec.clone() };
-        let built = control.request(&boot, &assembled.fds(), scaled_ms(BUILD_MS)).await;
-        if let Err(error) = built {
-            return Err(explain(error, &control, &log_dir).await);
+        let (control, bays) = (Arc::new(control), assembled.bays.clone());
+        let mut booted = Self { control, vmm, file_server, logs, bays };
+        let up = async {
+            booted.build(assembled, &log_dir).await?;
+            steps.done("vmm-built");
+            if let Some(bell) = bell {
+                let ended = ended(&booted.control, booted.file_server.as_ref());
+                wait_for_doorbell(&bell, ended, &console_log, limit).await?;
+                steps.done("doorbell");
+            }
+            Ok(())
+        };
+        match up.await {
+            Ok(()) => Ok(booted),
+            Err(error) => {
+                booted.kill().await;
+                Err(error)
+            }
         }
-        let bays = assembled.bays.clone();
-        drop(assembled);
-        steps.done("vmm-built");
-        wait_for_doorbell(&bell, ended(&control, file_server.as_ref()), &console_log, limit).await?;
-        steps.done("doorbell");
-        let agent = Agent::connect(&vsock_path(&run_dir)).await?;
-        steps.done("rpc");
-        Ok(Self { agent: Arc::new(agent), control: Arc::new(control), vmm, file_server, logs, bays })
+    }
+
+    /// Has the VMM build the machine.
+    async fn build(&self, assembled: Assembled, log_dir: &Path) -> Result<(), VmError> {
+        let spec = assembled.spec.clone();
+        let request = match assembled.snapshot {
+            Some(snapshot) => Request::Restore { spec, snapshot },
+            None => Request::Boot { spec },
+        };
+        let built = self.control.request(&request, &assembled.fds(), scaled_ms(BUILD_MS)).await;
+        match built {
+            Ok(_) => Ok(()),
+            Err(error) => Err(explain(error, &self.control, log_dir).await),
+        }
+    }
+
+    /// Writes the machine to files, while it stands still; it runs on if that fails.
+    pub(super) async fn save(&self, state: &File, memory: &File) -> Result<(), VmError> {
+        let limit = scaled_ms(BUILD_MS);
+        self.control.request(&Request::Pause, &[], limit).await?;
+        let request = Request::Save { snapshot: SnapshotFds { state: FdSlot(0), memory: FdSlot(1) } };
+        let saved = self.control.request(&request, &[state.as_fd(), memory.as_fd()], limit).await;
+        if saved.is_err() {
+            self.control.request(&Request::Resume, &[], limit).await?;
+        }
+        saved.map(drop)
+    }
+
+    /// Ends it by force, and waits for that.
+    pub(super) async fn kill(&mut self) {
+        match timeout(scaled_ms(END_MS), self.vmm.kill()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "a process cannot be killed"),
+            Err(_) => tracing::warn!("a process that was killed does not end"),
+        }
+    }
+}
+
+impl Guest {
+    /// Starts a machine and waits until its agent serves.
+    pub(crate) async fn start(plan: GuestPlan, parts: &Parts, steps: &mut Steps) -> Result<Self, VmError> {
+        let vsock = vsock_path(&plan.run_dir);
+        let mut booted = Booted::new(plan, parts, steps).await?;
+        match Agent::connect(&vsock).await {
+            Ok(agent) => {
+                steps.done("rpc");
+                Ok(Self { agent: Arc::new(agent), booted })
+            }
+            Err(error) => {
+                booted.kill().await;
+                Err(error)
+            }
+        }
     }
 
     /// Gives the guest its clock, entropy and network.
@@ -139,6 +207,16 @@ impl Guest {
         self.until_end(configure).await?.map_err(agent::rpc_error("Configure"))
     }
 
+    /// Ends a machine whose disks are about to be removed: what it has not written yet is of no use. Only shares outlive it.
+    pub(crate) async fn discard(self) {
+        if self.booted.file_server.is_some() { self.shutdown().await } else { self.kill().await }
+    }
+
+    /// Ends the machine by force, and waits for that.
+    pub(super) async fn kill(mut self) {
+        self.booted.kill().await;
+    }
+
     /// Waits for something, or for the unexpected end of the machine.
     pub(crate) async fn until_end<T>(&self, what: impl Future<Output = T>) -> Result<T, VmError> {
         tokio::select! {
@@ -150,27 +228,27 @@ impl Guest {
 
     /// Waits until the machine has ended, or cannot be left running.
     pub(crate) async fn ended(&self) -> VmEnd {
-        ended(&self.control, self.file_server.as_ref()).await
+        ended(&self.booted.control, self.booted.file_server.as_ref()).await
     }
 
     /// Process id of the VMM; 0 when it has ended.
     pub(crate) fn pid(&self) -> u32 {
-        self.vmm.id().unwrap_or_default()
+        self.booted.vmm.id().unwrap_or_default()
     }
 
     /// What changes the machine while it runs.
     pub(crate) fn levers(&self) -> Levers {
-        Levers::new(&self.control)
+        Levers::new(&self.booted.control)
     }
 
     /// Slots of the bays, by which the guest knows them; bay n is the nth.
     pub(crate) fn bays(&self) -> &[u32] {
-        &self.bays
+        &self.booted.bays
     }
 
     /// When the VMM reached each step of the boot.
     pub(crate) async fn timeline(&self) -> Timeline {
-        match self.control.request(&Request::State, &[], scaled_ms(END_MS)).await {
+        match self.booted.control.request(&Request::State, &[], scaled_ms(END_MS)).await {
             Ok(Reply::State { timeline, .. }) => timeline,
             _ => Timeline::default(),
         }
@@ -184,19 +262,19 @@ impl Guest {
                 tracing::debug!(%error, "the agent did not answer Shutdown");
             }
             self.agent.hang_up();
-            self.control.ended().await
+            self.booted.control.ended().await
         };
         // A guest whose shares do not answer cannot write them back.
-        let unserved = self.file_server.as_ref().is_some_and(FileServer::is_gone);
+        let unserved = self.booted.file_server.as_ref().is_some_and(FileServer::is_gone);
         if unserved || timeout(scaled_ms(SHUTDOWN_MS), orderly).await.is_err() {
             tracing::warn!("the guest does not end in order");
-            let _ = self.control.request(&Request::Shutdown, &[], scaled_ms(END_MS)).await;
+            let _ = self.booted.control.request(&Request::Shutdown, &[], scaled_ms(END_MS)).await;
         }
-        end(&mut self.vmm).await;
-        if let Some(server) = &mut self.file_server {
+        end(&mut self.booted.vmm).await;
+        if let Some(server) = &mut self.booted.file_server {
             server.end(scaled_ms(END_MS)).await;
         }
-        for log in &mut self.logs {
+        for log in &mut self.booted.logs {
             // The writers have gone; what they wrote last is still read.
             let _ = timeout(Duration::from_millis(500), log).await;
         }
@@ -211,7 +289,7 @@ async fn end(child: &mut Child) {
     }
 }
 
-impl Drop for Guest {
+impl Drop for Booted {
     fn drop(&mut self) {
         for log in &self.logs {
             log.abort();

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Files: `guest` (the whole), `plan` (what is to be started, as a `VmSpec`), `control` (the VMM's socket), `file_server`, `child`
-//! (processes and their logs), `levers` (what changes a running machine), `agent` (RPC and streams), `memory` (how large the VM must be), `unpack`.
+//! (processes and their logs), `template` (machines that are cloned), `levers` (what changes a running machine), `agent` (RPC and streams), `memory` (how large the VM must be), `unpack`.
 
 mod agent;
 mod child;
@@ -16,6 +16,7 @@ mod guest;
 mod levers;
 mod memory;
 mod plan;
+mod template;
 mod unpack;
 
 use std::path::PathBuf;
@@ -30,6 +31,7 @@ pub(crate) use guest::{Guest, Steps};
 pub(crate) use levers::Levers;
 pub(crate) use memory::MemorySizing;
 pub(crate) use plan::{DEFAULT_BOOT_MS, DiskPlan, GrowthPlan, GuestPlan, NetPlan, SharePlan};
+pub(crate) use template::{Started, TemplateShape, make as make_template, start};
 pub(crate) use unpack::unpack;
 
 /// A VMM that is played, for tests of what uses it.
@@ -152,6 +154,12 @@ pub enum VmError {
         /// The deadline.
         limit_ms: u64,
     },
+    /// `HYPER_TEMPLATE` is none of its values.
+    #[error("HYPER_TEMPLATE is {0:?}: give auto, never or always")]
+    TemplateMode(String),
+    /// A start from a template was insisted on.
+    #[error("HYPER_TEMPLATE is always, and this container cannot start from a template: {0}")]
+    NoTemplate(String),
     /// What the agent says cannot be.
     #[error("the agent's answer to {0} cannot be")]
     Nonsense(&'static str),

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use hyper_vmm_spec::control::SnapshotFds;
 use hyper_vmm_spec::{
     BalloonSpec, DeviceSpec, DiskId, DiskSpec, FdSlot, HotMemorySpec, MAX_DEVICES, NetSpec, ShareSpec,
     SpecError, VmSpec, VsockSpec,
@@ -11,11 +12,12 @@ use hyper_vmm_spec::{
 use serde::Serialize;
 
 use super::VmError;
+use super::template::Template;
 use crate::dirs::Parts;
 
 /// Kernel command line of every guest. The VMM appends its devices. `reboot=k`: the reset that the VMM sees is that of the keyboard
 /// controller; `quiet`: each character on the serial port is an exit to the VMM; no dummy interface beside eth0.
-const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k tsc=reliable no_timer_check random.trust_cpu=on dummy.numdummies=0";
+pub(super) const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k tsc=reliable no_timer_check random.trust_cpu=on dummy.numdummies=0";
 /// And of those that grow: most of the memory that is added is kept free of what cannot be moved, so that it can be taken back, but never
 /// so much of it that the kernel has too little for itself.
 const GROWTH_CMDLINE: &str = "memory_hotplug.online_policy=auto-movable";
@@ -49,6 +51,40 @@ pub(crate) struct GuestPlan {
     pub(crate) boot_ms: u64,
     /// Open `cgroup.procs` of the control groups that VMM and file server run in; none: those of this process.
     pub(crate) cgroups: Vec<OwnedFd>,
+    /// It goes on from this instead of booting.
+    pub(crate) template: Option<Template>,
+}
+
+impl GuestPlan {
+    /// The same once more, with copies of all descriptors.
+    pub(super) fn try_clone(&self) -> Result<Self, VmError> {
+        let failed = |source| VmError::Descriptor { what: "a copy of a descriptor", source };
+        let disk = |disk: &DiskPlan| {
+            Ok(DiskPlan { id: disk.id.clone(), file: disk.file.try_clone()?, read_only: disk.read_only })
+        };
+        let net = |net: &NetPlan| Ok(NetPlan { tap: net.tap.try_clone()?, mac: net.mac, mtu: net.mtu });
+        Ok(Self {
+            run_dir: self.run_dir.clone(),
+            log_dir: self.log_dir.clone(),
+            vcpus: self.vcpus,
+            mem_mib: self.mem_mib,
+            growth: self.growth,
+            bays: self.bays,
+            disks: self.disks.iter().map(disk).collect::<Result<_, _>>().map_err(failed)?,
+            nets: self.nets.iter().map(net).collect::<Result<_, _>>().map_err(failed)?,
+            shares: self.shares.clone(),
+            kernel_args: self.kernel_args.clone(),
+            boot_ms: self.boot_ms,
+            cgroups: self.cgroups.iter().map(OwnedFd::try_clone).collect::<Result<_, _>>().map_err(failed)?,
+            template: None,
+        })
+    }
+
+    /// To go on from a template.
+    pub(super) fn going_on_from(mut self, template: Template) -> Self {
+        self.template = Some(template);
+        self
+    }
 }
 
 /// What a machine may come to have while it runs.
@@ -63,7 +99,7 @@ pub(crate) struct GrowthPlan {
 /// A disk.
 #[derive(Debug)]
 pub(crate) struct DiskPlan {
-    pub(crate) id: &'static str,
+    pub(crate) id: String,
     pub(crate) file: File,
     pub(crate) read_only: bool,
 }
@@ -94,6 +130,8 @@ pub(crate) struct Assembled {
     pub(crate) spec: VmSpec,
     /// Slots of the bays, by which the guest knows them.
     pub(crate) bays: Vec<u32>,
+    /// What it goes on from.
+    pub(crate) snapshot: Option<SnapshotFds>,
     fds: Vec<OwnedFd>,
 }
 
@@ -152,6 +190,10 @@ pub(super) fn assemble(
             guest_cid: GUEST_CID,
             uds_path: vsock_path(&plan.run_dir),
         }))?;
+    let snapshot = plan.template.map(|template| SnapshotFds {
+        state: slots.take(template.state),
+        memory: slots.take(template.memory),
+    });
     for disk in plan.disks {
         let id = DiskId::new(disk.id)?;
         let fd = slots.take(disk.file);
@@ -174,7 +216,7 @@ pub(super) fn assemble(
     for _ in 0..bays {
         spec = spec.with_device(DeviceSpec::Bay)?;
     }
-    Ok(Assembled { bays: bay_slots(first_bay_slot, bays), spec, fds: slots.fds })
+    Ok(Assembled { bays: bay_slots(first_bay_slot, bays), snapshot, spec, fds: slots.fds })
 }
 
 fn with_small_devices(spec: VmSpec) -> Result<VmSpec, SpecError> {
@@ -195,14 +237,14 @@ fn with_growth(spec: VmSpec, growth: GrowthPlan) -> Result<VmSpec, SpecError> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     fn null() -> OwnedFd {
         File::open("/dev/null").unwrap().into()
     }
 
-    fn plan(dir: &Path) -> GuestPlan {
+    pub(in crate::launch) fn plan(dir: &Path) -> GuestPlan {
         GuestPlan {
             run_dir: dir.to_owned(),
             log_dir: dir.to_owned(),
@@ -210,12 +252,13 @@ mod tests {
             mem_mib: 128,
             growth: None,
             bays: 0,
-            disks: vec![DiskPlan { id: "image", file: null().into(), read_only: true }],
+            disks: vec![DiskPlan { id: "image".to_owned(), file: null().into(), read_only: true }],
             nets: vec![NetPlan { tap: null(), mac: [2, 0, 0, 0, 0, 1], mtu: 1500 }],
             shares: Vec::new(),
             kernel_args: vec!["loglevel=7".into()],
             boot_ms: DEFAULT_BOOT_MS,
             cgroups: Vec::new(),
+            template: None,
         }
     }
 
@@ -233,7 +276,7 @@ mod tests {
         for slot in 0..6 {
             assert!(text.contains(&format!(":{slot}")), "slot {slot} in {text}");
         }
-        assert!(assembled.spec.cmdline().ends_with("dummy.numdummies=0 loglevel=7"));
+        assert!(assembled.spec.cmdline().ends_with(&format!("{CMDLINE} loglevel=7")));
         assert_eq!(assembled.spec.devices().len(), 6);
     }
 
@@ -261,6 +304,25 @@ mod tests {
     }
 
     #[test]
+    fn a_clone_has_the_shape_that_was_saved() {
+        let dir = tempfile::tempdir().unwrap();
+        let parts = Parts::in_dir(dir.path(), dir.path());
+        std::fs::write(&parts.kernel, "").unwrap();
+        std::fs::write(&parts.initramfs, "").unwrap();
+        let saved = plan(dir.path());
+        let clone = saved.try_clone().unwrap();
+        let saved = assemble(saved, &parts, null(), None).unwrap();
+        let template = Template { state: null().into(), memory: null().into() };
+        let clone = assemble(clone.going_on_from(template), &parts, null(), None).unwrap();
+        let kinds = |assembled: &Assembled| -> Vec<_> {
+            assembled.spec.devices().iter().map(std::mem::discriminant).collect()
+        };
+        assert_eq!(kinds(&saved), kinds(&clone));
+        assert!(saved.snapshot.is_none() && clone.snapshot.is_some());
+        assert_eq!(clone.fds().len(), saved.fds().len() + 2);
+    }
+
+    #[test]
     fn bays_take_what_slots_are_left() {
         let dir = tempfile::tempdir().unwrap();
         let parts = Parts::in_dir(dir.path(), dir.path());
@@ -281,7 +343,7 @@ mod tests {
         std::fs::write(&parts.kernel, "").unwrap();
         std::fs::write(&parts.initramfs, "").unwrap();
         let mut twice = plan(dir.path());
-        twice.disks.push(DiskPlan { id: "image", file: null().into(), read_only: true });
+        twice.disks.push(DiskPlan { id: "image".to_owned(), file: null().into(), read_only: true });
         assert!(matches!(
             assemble(twice, &parts, null(), None),
             Err(VmError::Spec(SpecError::DuplicateName(_)))

@@ -80,12 +80,13 @@ pub(crate) async fn unpack(
         mem_mib: MEM_MIB,
         growth: None,
         bays: 0,
-        disks: vec![DiskPlan { id: DISK, file: guest_disk, read_only: false }],
+        disks: vec![DiskPlan { id: DISK.to_owned(), file: guest_disk, read_only: false }],
         nets: Vec::new(),
         shares: Vec::new(),
         kernel_args: Vec::new(),
         boot_ms: DEFAULT_BOOT_MS,
         cgroups: Vec::new(),
+        template: None,
     };
     let mut steps = Steps::begin();
     let guest = Guest::start(plan, home.parts(), &mut steps).await?;
@@ -118,7 +119,7 @@ fn vcpus() -> u8 {
 }
 
 /// The directory of sockets and logs; its lock tells the next command that we live.
-fn make_run_dir(home: &Home, run_dir: &Path) -> Result<(RemoveDir, FileLock), SandboxError> {
+pub(super) fn make_run_dir(home: &Home, run_dir: &Path) -> Result<(RemoveDir, FileLock), SandboxError> {
     let _home = home.lock()?;
     make_private_dir(run_dir)?;
     let undo = RemoveDir(Some(run_dir.to_owned()));

@@ -69,6 +69,7 @@ impl Machine {
             nets,
             shares: vec![live.plan()],
             kernel_args: spec.kernel_args.clone(),
+            template: None,
             cgroups: cgroup.entrances()?,
             boot_ms: spec.boot_timeout_ms.map_or(DEFAULT_BOOT_MS, u64::from),
         };

@@ -22,7 +22,7 @@ pub use home::Home;
 pub use stats::{ContainerStats, NetworkCounters, Process};
 pub use volume::Volume;
 
-pub(crate) use home::{RemoveDir, make_private_dir, remove_tree};
+pub(crate) use home::{RemoveDir, list, make_private_dir, remove_tree};
 pub(crate) use lock::FileLock;
 pub(crate) use names::{new_id, random};
 pub(crate) use recover::{LOST_EXIT_CODE, UNPACK_PREFIX};

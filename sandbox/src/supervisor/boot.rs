@@ -78,20 +78,24 @@ pub(super) async fn machine(
         growth: None,
         bays: 0,
         disks: vec![
-            DiskPlan { id: IMAGE_DISK, file: image, read_only: true },
-            DiskPlan { id: RW_DISK, file: rw, read_only: false },
+            DiskPlan { id: IMAGE_DISK.to_owned(), file: image, read_only: true },
+            DiskPlan { id: RW_DISK.to_owned(), file: rw, read_only: false },
         ],
         nets: net.into_iter().collect(),
         shares,
         kernel_args: config.kernel_args.clone(),
         boot_ms: DEFAULT_BOOT_MS,
         cgroups: Vec::new(),
+        template: None,
     };
-    let guest = Guest::start(plan, home.parts(), steps).await?;
-    let configured = guest.configure(configure(config, id, link.as_ref())).await?;
+    let request = configure(config, id, link.as_ref());
+    let launch::Started { guest, configured, lacking } = launch::start(home, plan, request, steps).await?;
     if let Err(error) = sizing.learn(vm_mem_mib, vcpus, configured.mem_total_bytes) {
         tracing::debug!(%error, "nothing is learned");
     }
+    // The next start will size its machine by what was learned.
+    let next_mem_mib = sizing.vm_mem_mib(config.resources.mem_mib, vcpus);
+    shared.set_lacking(lacking.map(|shape| shape.with_mem_mib(next_mem_mib)));
     steps.done("configured");
     if let Some(link) = &mut link {
         link.ready().await?;

@@ -9,7 +9,7 @@
 //!
 //! Files: `handover`, `shared` (what conversations and the loop share), `policy` (restarts), `boot` (one start), `run` (one run),
 //! `console` (streams of a process and who is attached), `serve` (conversations), `verbs` (what is answered with one RPC), `exec`,
-//! `archive`.
+//! `archive`, `template` (for the next start).
 
 mod archive;
 mod boot;
@@ -20,6 +20,7 @@ mod policy;
 mod run;
 mod serve;
 mod shared;
+mod template;
 mod verbs;
 
 pub(crate) use verbs::stats_of;
@@ -85,6 +86,7 @@ async fn run(
     let shared = Arc::new(Shared::new(home, id, lock)?);
 
     let mut conversations = JoinSet::new();
+    let template = tokio::spawn(template::make_afterwards(Arc::clone(&shared)));
     // The starter's request is taken before anything starts, so that it misses nothing of the output.
     let opened = serve::open(first).await?;
     let attached = serve::prepare(&shared, &opened);
@@ -106,6 +108,9 @@ async fn run(
     let last_words = async { while conversations.join_next().await.is_some() {} };
     if timeout(LINGER, last_words).await.is_err() {
         tracing::warn!(id, "a client never read the last output");
+    }
+    if let Err(error) = template.await {
+        tracing::warn!(%error, "no template is made");
     }
     Ok(())
 }

@@ -101,7 +101,11 @@ pub(super) async fn run_once(shared: &Arc<Shared>, restarts: u32) -> Result<u8, 
     output.end().await;
     drop((proxies, run));
     let Machine { guest, link, names, .. } = machine;
-    guest.shutdown().await;
+    if shared.wants_removal() {
+        guest.discard().await;
+    } else {
+        guest.shutdown().await;
+    }
     drop((link, names));
     shared.update(|state| {
         state.oom_killed = exit.oom_killed;

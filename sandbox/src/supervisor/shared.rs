@@ -7,6 +7,7 @@ use tokio::sync::{Notify, watch};
 use super::console::Console;
 use super::run::Run;
 use crate::config::RestartPolicy;
+use crate::launch::TemplateShape;
 use crate::state::{ContainerState, Status};
 use crate::store::FileLock;
 use crate::stream::wire::Refusal;
@@ -55,6 +56,8 @@ pub(super) struct Shared {
     /// The process does not end by signals: end the machine.
     pub(super) force: Notify,
     held: Mutex<Vec<tokio::net::UnixStream>>,
+    /// The template that the latest start lacked.
+    lacking: Mutex<Option<TemplateShape>>,
 }
 
 fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -84,6 +87,7 @@ impl Shared {
             abandon: watch::channel(false).0,
             force: Notify::new(),
             held: Mutex::new(Vec::new()),
+            lacking: Mutex::new(None),
         })
     }
 
@@ -180,6 +184,16 @@ impl Shared {
 
     pub(super) fn is_stopped(&self) -> bool {
         *self.stopped.borrow()
+    }
+
+    /// Remembers the template that a start lacked.
+    pub(super) fn set_lacking(&self, shape: Option<TemplateShape>) {
+        *held(&self.lacking) = shape;
+    }
+
+    /// The template that the latest start lacked.
+    pub(super) fn take_lacking(&self) -> Option<TemplateShape> {
+        held(&self.lacking).take()
     }
 
     /// Waits until the user wants it to stop.

@@ -172,12 +172,8 @@ impl Machine {
             .map_err(HvError::refused("watch a doorbell"))
     }
 
-    /// Lends `len` bytes of guest memory from `start` to KVM, or takes them back (`present` false), while processors run. They lie in
-    /// one region and have slot `number` of their own, which nothing else has: numbers begin at 0, behind those of the regions at boot.
-    ///
-    /// # Errors
-    /// [`HvError::MemoryAddress`] when that is not memory, [`HvError::Refused`] when KVM does not take it.
-    pub fn lend(&self, number: u32, start: u64, len: u64, present: bool) -> Result<(), HvError> {
+    /// Where `len` bytes of guest memory from `start` lie in this process; they are inside one region.
+    fn host_address(&self, start: u64, len: u64) -> Result<*mut u8, HvError> {
         let outside = || HvError::MemoryAddress(start);
         let region = self.mem.find_region(GuestAddress(start)).ok_or_else(outside)?;
         let inside = start - region.start_addr().0;
@@ -185,6 +181,16 @@ impl Machine {
             return Err(outside());
         }
         let host = self.mem.get_host_address(GuestAddress(start)).map_err(|_| outside())?;
+        Ok(host)
+    }
+
+    /// Lends `len` bytes of guest memory from `start` to KVM, or takes them back (`present` false), while processors run. They lie in
+    /// one region and have slot `number` of their own, which nothing else has: numbers begin at 0, behind those of the regions at boot.
+    ///
+    /// # Errors
+    /// [`HvError::MemoryAddress`] when that is not memory, [`HvError::Refused`] when KVM does not take it.
+    pub fn lend(&self, number: u32, start: u64, len: u64, present: bool) -> Result<(), HvError> {
+        let host = self.host_address(start, len)?;
         let slot = kvm_userspace_memory_region {
             slot: number.saturating_add(FIRST_HOT_SLOT),
             flags: 0,
@@ -242,14 +248,9 @@ impl Machine {
     /// # Errors
     /// [`HvError::MemoryAddress`] when that is not inside one region of memory, [`HvError::Discard`].
     pub fn discard(&self, start: u64, len: u64) -> Result<(), HvError> {
-        let outside = || HvError::MemoryAddress(start);
-        let region = self.mem.find_region(GuestAddress(start)).ok_or_else(outside)?;
-        let inside = start - region.start_addr().0;
-        if inside.checked_add(len).is_none_or(|end| end > region.len()) {
-            return Err(outside());
-        }
-        let host = self.mem.get_host_address(GuestAddress(start)).map_err(|_| outside())?;
-        let len = usize::try_from(len).map_err(|_| outside())?;
+        let host = self.host_address(start, len)?;
+        let outside = |_| HvError::MemoryAddress(start);
+        let len = usize::try_from(len).map_err(outside)?;
         // SAFETY: `len` bytes are mapped from `host`, as was just checked, and stay mapped. They are guest memory, which Rust reads by
         // volatile copies only: that they change under it is what they always do.
         unsafe { rustix::mm::madvise(host.cast(), len, rustix::mm::Advice::LinuxDontNeed) }

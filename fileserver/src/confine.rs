@@ -1,10 +1,11 @@
 //! Taking everything away but the shares.
 //!
 //! ```text
-//! die with the parent -> clone the shares' mounts -> own namespaces -> empty tmpfs as root, shares in it -> pivot
-//!   -> more open files -> few capabilities -> no new privileges -> few system calls
+//! more open files -> clone the shares' mounts -> own namespaces -> empty tmpfs as root, shares in it -> pivot
+//!   -> few capabilities -> no new privileges, no dumps -> die with the parent -> few system calls
 //! ```
-//! The shares are cloned before the root changes, so any path can be shared. Read-only is an attribute of the cloned mount: no request
+//! The layers are those of every jail (`hyper_jail`); the order is its own, and it has no user namespace and stays root: files of the shares
+//! belong to the ids that the guest's users have. The shares are cloned before the root changes, so any path can be shared. Read-only is an attribute of the cloned mount: no request
 //! of the guest, whatever it believes about the mount, can write through it.
 
 use std::fs::File;
@@ -12,15 +13,12 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
+use hyper_jail::{CapabilitySet, JailError, UnshareFlags, limits, privileges, root};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
-use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
-    UnmountFlags,
-};
-use rustix::process::{Resource, Rlimit, Signal};
-use rustix::thread::{CapabilitySet, CapabilitySets};
+use rustix::mount::OpenTreeFlags;
+use rustix::process::{Resource, Rlimit};
 
-use crate::filter::{self, FilterError};
+use crate::filter;
 use crate::spec::{FileServerSpec, ShareSpec};
 use crate::sys;
 
@@ -41,8 +39,6 @@ const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::SETUID)
     .union(CapabilitySet::MKNOD)
     .union(CapabilitySet::SETFCAP);
-/// Capability numbers that a bounding set can hold.
-const CAPABILITY_NUMBERS: u32 = 64;
 
 /// What could not be done.
 #[derive(Debug, thiserror::Error)]
@@ -64,8 +60,8 @@ pub(crate) enum ConfineError {
     Kind(PathBuf),
     #[error("only {0} files may be open, less than {MIN_OPEN_FILES}")]
     OpenFiles(u64),
-    #[error("cannot restrict system calls")]
-    Filter(#[from] FilterError),
+    #[error(transparent)]
+    Jail(#[from] JailError),
 }
 
 fn step(what: &'static str) -> impl Fn(io::Error) -> ConfineError {
@@ -85,39 +81,34 @@ pub(crate) struct View {
 
 /// Confines this process, which must have one thread. What it had open stays open.
 pub(crate) fn enter(spec: &FileServerSpec) -> Result<View, ConfineError> {
-    die_with_parent()?;
     let guest_files = raise_open_files()?;
     let trees: Result<Vec<_>, _> = spec.shares().iter().map(clone_share).collect();
     let trees = trees?;
-    sys::unshare_namespaces().map_err(step("make namespaces"))?;
-    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-    rustix::mount::mount_change("/", private)
-        .map_err(io::Error::from)
-        .map_err(step("make mounts private"))?;
+    let own = UnshareFlags::NEWNS
+        | UnshareFlags::NEWNET
+        | UnshareFlags::NEWIPC
+        | UnshareFlags::NEWUTS
+        | UnshareFlags::NEWCGROUP;
+    hyper_jail::namespaces(own).map_err(step("make namespaces"))?;
+    root::make_private().map_err(step("make mounts private"))?;
     let proc_self_fd =
         open("/proc/self/fd", OFlags::PATH | OFlags::DIRECTORY).map_err(step("open /proc/self/fd"))?;
     let mountinfo =
         open("/proc/self/mountinfo", OFlags::RDONLY).map_err(step("open /proc/self/mountinfo"))?;
     change_root(spec, trees)?;
     rustix::thread::set_thread_groups(&[]).map_err(io::Error::from).map_err(step("leave all groups"))?;
-    keep_capabilities().map_err(step("drop capabilities"))?;
-    rustix::thread::set_no_new_privs(true)
-        .map_err(io::Error::from)
-        .map_err(step("give up new privileges"))?;
+    limits::set(Resource::Core, 0)?;
+    privileges::keep_capabilities(CAPABILITIES)?;
+    privileges::no_new_privileges()?;
+    privileges::no_dumps()?;
     rustix::process::umask(Mode::empty());
+    privileges::die_with_parent()?;
     filter::apply()?;
     Ok(View { proc_self_fd: proc_self_fd.into(), mountinfo: mountinfo.into(), guest_files })
 }
 
 fn open(path: &str, flags: OFlags) -> io::Result<OwnedFd> {
     Ok(rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty())?)
-}
-
-/// Should the parent have died before this, the connection's end is the end of this process: the VMM dies with its owner.
-fn die_with_parent() -> Result<(), ConfineError> {
-    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
-        .map_err(io::Error::from)
-        .map_err(step("ask to die with the parent"))
 }
 
 /// Raises the limit of open files; returns how many of them are for the guest.
@@ -162,9 +153,9 @@ fn clone_share(share: &ShareSpec) -> Result<OwnedFd, ConfineError> {
 
 /// Makes an empty tmpfs with the shares in it the root, and lets go of everything else.
 fn change_root(spec: &FileServerSpec, trees: Vec<OwnedFd>) -> Result<(), ConfineError> {
-    let root = make_root().map_err(step("make an empty root"))?;
-    // Any directory that exists does as a foothold; the shares were cloned before.
-    attach(&root, CWD, "/proc").map_err(step("mount the empty root"))?;
+    let root = root::empty().map_err(step("make an empty root"))?;
+    // The shares were cloned before.
+    root::gain_foothold(&root).map_err(step("mount the empty root"))?;
     for (share, tree) in spec.shares().iter().zip(trees) {
         let failed = |what| {
             move |source: io::Error| ConfineError::Share { source_path: share.source.clone(), what, source }
@@ -182,58 +173,7 @@ fn change_root(spec: &FileServerSpec, trees: Vec<OwnedFd>) -> Result<(), Confine
         }
         .map_err(io::Error::from)
         .map_err(failed("no mount point can be made"))?;
-        attach(&tree, &root, &share.name).map_err(failed("it cannot be mounted"))?;
+        root::attach(&tree, &root, &share.name).map_err(failed("it cannot be mounted"))?;
     }
-    pivot(&root).map_err(step("change the root"))?;
-    // The root itself takes no new names; the shares keep their own attributes.
-    rustix::mount::mount_remount("/", root_flags(), "")
-        .map_err(io::Error::from)
-        .map_err(step("make the root read-only"))
-}
-
-fn root_flags() -> rustix::mount::MountFlags {
-    use rustix::mount::MountFlags as Flags;
-    Flags::BIND | Flags::RDONLY | Flags::NOSUID | Flags::NODEV | Flags::NOEXEC
-}
-
-fn make_root() -> io::Result<OwnedFd> {
-    let context = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    rustix::mount::fsconfig_set_string(&context, "mode", "0755")?;
-    // Mount points only.
-    rustix::mount::fsconfig_set_string(&context, "size", "1m")?;
-    rustix::mount::fsconfig_create(&context)?;
-    Ok(rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?)
-}
-
-fn attach(tree: &OwnedFd, at: impl AsFd, name: &str) -> io::Result<()> {
-    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-    Ok(rustix::mount::move_mount(tree, "", at, name, flags)?)
-}
-
-fn pivot(root: &OwnedFd) -> io::Result<()> {
-    rustix::process::fchdir(root)?;
-    // Puts the old root on top of the new one, from where it is taken away.
-    rustix::process::pivot_root(".", ".")?;
-    rustix::mount::unmount(".", UnmountFlags::DETACH)?;
-    Ok(rustix::process::chdir("/")?)
-}
-
-fn keep_capabilities() -> io::Result<()> {
-    for number in 0..CAPABILITY_NUMBERS {
-        let Some(capability) = CapabilitySet::from_bits(1 << number) else { continue };
-        if !CAPABILITIES.contains(capability) {
-            match rustix::thread::remove_capability_from_bounding_set(capability) {
-                // A kernel that does not know it.
-                Err(rustix::io::Errno::INVAL) => {}
-                other => other?,
-            }
-        }
-    }
-    rustix::thread::clear_ambient_capability_set()?;
-    let sets = CapabilitySets {
-        effective: CAPABILITIES,
-        permitted: CAPABILITIES,
-        inheritable: CapabilitySet::empty(),
-    };
-    Ok(rustix::thread::set_capabilities(None, sets)?)
+    root::enter(&root).map_err(step("change the root"))
 }

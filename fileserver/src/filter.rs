@@ -1,137 +1,119 @@
 //! The system calls that serving files takes. All others answer `ENOSYS`: a library that tries a newer call falls back, and code
 //! that should not run here gets nothing done.
 
-use std::collections::BTreeMap;
+use hyper_jail::JailError;
+use hyper_jail::filter::{Call, Filter, Is, Otherwise, call};
 
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-    TargetArch,
-};
+/// What the calls are for.
+const FILES: &str = "what the guest asks of its shares";
+const USERS: &str = "acting for the guest's users";
+const QUEUES: &str = "the connection to the VMM, and the queues";
+const RUNTIME: &str = "memory, threads, time";
 
-/// Calls that are allowed with any arguments.
-const CALLS: &[i64] = &[
-    // Files.
-    libc::SYS_close,
-    libc::SYS_copy_file_range,
-    libc::SYS_dup,
-    libc::SYS_fallocate,
-    libc::SYS_fchdir,
-    libc::SYS_fchmod,
-    libc::SYS_fchmodat,
-    libc::SYS_fchownat,
-    libc::SYS_fcntl,
-    libc::SYS_fdatasync,
-    libc::SYS_fgetxattr,
-    libc::SYS_flistxattr,
-    libc::SYS_flock,
-    libc::SYS_fremovexattr,
-    libc::SYS_fsetxattr,
-    libc::SYS_fstat,
-    libc::SYS_fstatfs,
-    libc::SYS_fsync,
-    libc::SYS_ftruncate,
-    libc::SYS_getdents64,
-    libc::SYS_getxattr,
-    libc::SYS_linkat,
-    libc::SYS_listxattr,
-    libc::SYS_lseek,
-    libc::SYS_mkdirat,
-    libc::SYS_mknodat,
-    libc::SYS_newfstatat,
-    libc::SYS_openat,
-    libc::SYS_openat2,
-    libc::SYS_pread64,
-    libc::SYS_preadv,
-    libc::SYS_preadv2,
-    libc::SYS_pwrite64,
-    libc::SYS_pwritev,
-    libc::SYS_pwritev2,
-    libc::SYS_read,
-    libc::SYS_readlinkat,
-    libc::SYS_readv,
-    libc::SYS_removexattr,
-    libc::SYS_renameat,
-    libc::SYS_renameat2,
-    libc::SYS_setxattr,
-    libc::SYS_statx,
-    libc::SYS_symlinkat,
-    libc::SYS_syncfs,
-    libc::SYS_umask,
-    libc::SYS_unlinkat,
-    libc::SYS_utimensat,
-    libc::SYS_write,
-    libc::SYS_writev,
-    // Acting for the guest's users.
-    libc::SYS_capget,
-    libc::SYS_capset,
-    libc::SYS_getegid,
-    libc::SYS_geteuid,
-    libc::SYS_setgroups,
-    libc::SYS_setresgid,
-    libc::SYS_setresuid,
-    // The connection and the queues.
-    libc::SYS_accept4,
-    libc::SYS_epoll_create1,
-    libc::SYS_epoll_ctl,
-    libc::SYS_epoll_pwait,
-    libc::SYS_epoll_wait,
-    libc::SYS_eventfd2,
-    libc::SYS_recvmsg,
-    libc::SYS_sendmsg,
-    // Memory, threads, time.
-    libc::SYS_brk,
-    libc::SYS_clock_gettime,
-    libc::SYS_exit,
-    libc::SYS_exit_group,
-    libc::SYS_futex,
-    libc::SYS_getpid,
-    libc::SYS_getrandom,
-    libc::SYS_gettid,
-    libc::SYS_madvise,
-    libc::SYS_membarrier,
-    libc::SYS_mmap,
-    libc::SYS_mprotect,
-    libc::SYS_mremap,
-    libc::SYS_munmap,
-    libc::SYS_prctl,
-    libc::SYS_restart_syscall,
-    libc::SYS_rseq,
-    libc::SYS_rt_sigaction,
-    libc::SYS_rt_sigprocmask,
-    libc::SYS_rt_sigreturn,
-    libc::SYS_sched_getaffinity,
-    libc::SYS_sched_yield,
-    libc::SYS_set_robust_list,
-    libc::SYS_sigaltstack,
+/// Flag of `clone` that makes a thread, not a process.
+const THREAD: u32 = libc::CLONE_THREAD.cast_unsigned();
+/// The one thing to have for oneself: working directory and umask per thread.
+const OWN_DIRECTORY: u32 = libc::CLONE_FS.cast_unsigned();
+
+/// Calls that are allowed.
+const CALLS: &[Call] = &[
+    call(libc::SYS_close, FILES),
+    call(libc::SYS_copy_file_range, FILES),
+    call(libc::SYS_dup, FILES),
+    call(libc::SYS_fallocate, FILES),
+    call(libc::SYS_fchdir, FILES),
+    call(libc::SYS_fchmod, FILES),
+    call(libc::SYS_fchmodat, FILES),
+    call(libc::SYS_fchownat, FILES),
+    call(libc::SYS_fcntl, FILES),
+    call(libc::SYS_fdatasync, FILES),
+    call(libc::SYS_fgetxattr, FILES),
+    call(libc::SYS_flistxattr, FILES),
+    call(libc::SYS_flock, FILES),
+    call(libc::SYS_fremovexattr, FILES),
+    call(libc::SYS_fsetxattr, FILES),
+    call(libc::SYS_fstat, FILES),
+    call(libc::SYS_fstatfs, FILES),
+    call(libc::SYS_fsync, FILES),
+    call(libc::SYS_ftruncate, FILES),
+    call(libc::SYS_getdents64, FILES),
+    call(libc::SYS_getxattr, FILES),
+    call(libc::SYS_linkat, FILES),
+    call(libc::SYS_listxattr, FILES),
+    call(libc::SYS_lseek, FILES),
+    call(libc::SYS_mkdirat, FILES),
+    call(libc::SYS_mknodat, FILES),
+    call(libc::SYS_newfstatat, FILES),
+    call(libc::SYS_openat, FILES),
+    call(libc::SYS_openat2, FILES),
+    call(libc::SYS_pread64, FILES),
+    call(libc::SYS_preadv, FILES),
+    call(libc::SYS_preadv2, FILES),
+    call(libc::SYS_pwrite64, FILES),
+    call(libc::SYS_pwritev, FILES),
+    call(libc::SYS_pwritev2, FILES),
+    call(libc::SYS_read, FILES),
+    call(libc::SYS_readlinkat, FILES),
+    call(libc::SYS_readv, FILES),
+    call(libc::SYS_removexattr, FILES),
+    call(libc::SYS_renameat, FILES),
+    call(libc::SYS_renameat2, FILES),
+    call(libc::SYS_setxattr, FILES),
+    call(libc::SYS_statx, FILES),
+    call(libc::SYS_symlinkat, FILES),
+    call(libc::SYS_syncfs, FILES),
+    call(libc::SYS_umask, FILES),
+    call(libc::SYS_unlinkat, FILES),
+    call(libc::SYS_utimensat, FILES),
+    call(libc::SYS_write, FILES),
+    call(libc::SYS_writev, FILES),
+    call(libc::SYS_capget, USERS),
+    call(libc::SYS_capset, USERS),
+    call(libc::SYS_getegid, USERS),
+    call(libc::SYS_geteuid, USERS),
+    call(libc::SYS_setgroups, USERS),
+    call(libc::SYS_setresgid, USERS),
+    call(libc::SYS_setresuid, USERS),
+    call(libc::SYS_accept4, QUEUES),
+    call(libc::SYS_epoll_create1, QUEUES),
+    call(libc::SYS_epoll_ctl, QUEUES),
+    call(libc::SYS_epoll_pwait, QUEUES),
+    call(libc::SYS_epoll_wait, QUEUES),
+    call(libc::SYS_eventfd2, QUEUES),
+    call(libc::SYS_recvmsg, QUEUES),
+    call(libc::SYS_sendmsg, QUEUES),
+    call(libc::SYS_brk, RUNTIME),
+    call(libc::SYS_clock_gettime, RUNTIME),
+    call(libc::SYS_exit, RUNTIME),
+    call(libc::SYS_exit_group, RUNTIME),
+    call(libc::SYS_futex, RUNTIME),
+    call(libc::SYS_getpid, RUNTIME),
+    call(libc::SYS_getrandom, RUNTIME),
+    call(libc::SYS_gettid, RUNTIME),
+    call(libc::SYS_madvise, RUNTIME),
+    call(libc::SYS_membarrier, RUNTIME),
+    call(libc::SYS_mmap, RUNTIME),
+    call(libc::SYS_mprotect, RUNTIME),
+    call(libc::SYS_mremap, RUNTIME),
+    call(libc::SYS_munmap, RUNTIME),
+    call(libc::SYS_prctl, RUNTIME),
+    call(libc::SYS_restart_syscall, RUNTIME),
+    call(libc::SYS_rseq, RUNTIME),
+    call(libc::SYS_rt_sigaction, RUNTIME),
+    call(libc::SYS_rt_sigprocmask, RUNTIME),
+    call(libc::SYS_rt_sigreturn, RUNTIME),
+    call(libc::SYS_sched_getaffinity, RUNTIME),
+    call(libc::SYS_sched_yield, RUNTIME),
+    call(libc::SYS_set_robust_list, RUNTIME),
+    call(libc::SYS_sigaltstack, RUNTIME),
+    call(libc::SYS_clone, "threads, no processes").only(&[&[(0, Is::With(THREAD))]]),
+    call(libc::SYS_unshare, "a working directory and umask per thread, no namespaces")
+        .only(&[&[(0, Is::Equal(OWN_DIRECTORY))]]),
 ];
 
-/// Why calls cannot be restricted.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum FilterError {
-    #[error("the filter cannot be built")]
-    Build(#[source] seccompiler::BackendError),
-    #[error("the kernel refuses the filter")]
-    Apply(#[source] seccompiler::Error),
-}
-
 /// Restricts this thread and those that it makes from now on.
-pub(crate) fn apply() -> Result<(), FilterError> {
-    seccompiler::apply_filter(&build().map_err(FilterError::Build)?).map_err(FilterError::Apply)
-}
-
-fn build() -> Result<BpfProgram, seccompiler::BackendError> {
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = CALLS.iter().map(|call| (*call, Vec::new())).collect();
-    let first = |op, value| -> Result<SeccompRule, seccompiler::BackendError> {
-        SeccompRule::new(vec![SeccompCondition::new(0, SeccompCmpArgLen::Qword, op, value)?])
-    };
-    // Threads, no processes. `clone3` cannot be looked into; the C library falls back to `clone` without it.
-    let thread = libc::CLONE_THREAD as u64;
-    rules.insert(libc::SYS_clone, vec![first(SeccompCmpOp::MaskedEq(thread), thread)?]);
-    // A working directory and umask per thread, no namespaces.
-    rules.insert(libc::SYS_unshare, vec![first(SeccompCmpOp::Eq, libc::CLONE_FS as u64)?]);
-    let missing = SeccompAction::Errno(libc::ENOSYS as u32);
-    let arch = TargetArch::try_from(std::env::consts::ARCH)?;
-    SeccompFilter::new(rules, missing, SeccompAction::Allow, arch)?.try_into()
+pub(crate) fn apply() -> Result<(), JailError> {
+    Filter::new(&[CALLS], &[], Otherwise::Missing)?.apply()
 }
 
 #[cfg(test)]
@@ -155,7 +137,7 @@ mod tests {
             libc::SYS_io_uring_setup,
             libc::SYS_clone3,
         ] {
-            assert!(!CALLS.contains(&call), "{call}");
+            assert!(CALLS.iter().all(|allowed| allowed.number() != call), "{call}");
         }
     }
 

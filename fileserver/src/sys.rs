@@ -1,11 +1,9 @@
 //! Calls that rustix does not offer safely.
-// UNSAFETY: `unshare` of namespaces and `mount_setattr` have no safe wrapper.
-#![expect(unsafe_code, reason = "two system calls without a safe wrapper")]
+// UNSAFETY: `mount_setattr` has no safe wrapper.
+#![expect(unsafe_code, reason = "a system call without a safe wrapper")]
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
-
-use rustix::thread::UnshareFlags;
 
 /// Attributes of a mount (`struct mount_attr`, Linux 5.12).
 #[repr(C)]
@@ -14,14 +12,6 @@ struct MountAttr {
     attr_clr: u64,
     propagation: u64,
     userns_fd: u64,
-}
-
-/// Gives this process mount, network, IPC and host name namespaces of its own. To be called while it has one thread.
-pub(crate) fn unshare_namespaces() -> io::Result<()> {
-    let flags = UnshareFlags::NEWNS | UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
-    // SAFETY: the descriptor table stays shared (no `FILES`), so no other thread's descriptors change meaning.
-    unsafe { rustix::thread::unshare_unsafe(flags) }?;
-    Ok(())
 }
 
 /// Sets attributes on the mount that `mount` refers to and on all mounts below it. A live one follows what its original has mounted

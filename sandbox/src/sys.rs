@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::io::fcntl_dupfd_cloexec;
-use rustix::process::{Pid, Signal, getpid, getppid, set_parent_process_death_signal};
+use rustix::process::{Signal, getpid, getppid, set_parent_process_death_signal};
 
 /// Makes a bridge (linux/sockios.h; not in libc for Linux).
 const SIOCBRADDBR: libc::Ioctl = 0x89a0;
@@ -154,11 +154,14 @@ pub(crate) fn die_with_parent(command: &mut tokio::process::Command) {
     let parent = getpid();
     let in_child = move || -> io::Result<()> {
         set_parent_process_death_signal(Some(Signal::KILL))?;
-        // Between fork and prctl the parent may have ended.
-        if getppid().map(Pid::as_raw_nonzero) != Some(parent.as_raw_nonzero()) {
-            return Err(io::Error::from_raw_os_error(libc::ESRCH));
+        // Between fork and prctl the parent may have ended. From a process namespace of its own the child cannot see that: it has no
+        // parent there. It then ends with its socket.
+        match getppid() {
+            Some(other) if other.as_raw_nonzero() != parent.as_raw_nonzero() => {
+                Err(io::Error::from_raw_os_error(libc::ESRCH))
+            }
+            _ => Ok(()),
         }
-        Ok(())
     };
     // SAFETY: the closure runs between fork and exec: it makes two system calls and touches only its captured integer; it neither
     // allocates nor takes a lock.

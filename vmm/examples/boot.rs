@@ -9,24 +9,28 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{IoSlice, Write};
+use std::io::{IoSlice, IoSliceMut, Write};
 use std::mem::MaybeUninit;
+use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use hyper_vmm_spec::control::{Event, ExitCause, MAX_PACKET_BYTES, Message, Reply, Request};
-use hyper_vmm_spec::{BalloonSpec, DeviceSpec, DiskId, DiskSpec, FdSlot, VmSpec, VsockSpec};
+use hyper_vmm_spec::{BalloonSpec, DeviceSpec, DiskId, DiskSpec, FdSlot, HostPort, VmSpec, VsockSpec};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
-    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
-    recv, send, sendmsg, socketpair,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recv, recvmsg, send, sendmsg, socketpair,
 };
 
 /// No console probing, no timer or crypto self-tests, reset by the keyboard controller, at once after a panic.
 const CMDLINE: &str = "console=ttyS0 quiet reboot=k panic=-1 tsc=reliable no_timer_check cryptomgr.notests \
                        random.trust_cpu=on rdinit=/init";
+/// Ports of the host that the guest may connect to: doorbell and names. Who listens at `PATH_<port>` gets the connections.
+const HOST_PORTS: [u32; 2] = [1026, 1027];
 /// How long the whole run may take; a stock kernel in an emulated lab needs a minute.
 const DEADLINE: Duration = Duration::from_secs(300);
 
@@ -149,7 +153,17 @@ fn spec(options: &Options, fds: &mut Fds) -> Result<VmSpec, Failure> {
         spec = spec.with_device(DeviceSpec::Disk(disk))?;
     }
     if let Some(path) = &options.vsock {
-        spec = spec.with_device(DeviceSpec::Vsock(VsockSpec { guest_cid: 3, uds_path: path.clone() }))?;
+        let listener = fds.add(UnixListener::bind(path)?);
+        let mut host_ports = Vec::new();
+        for port in HOST_PORTS {
+            let (near, far) =
+                socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+            let to = PathBuf::from(format!("{}_{port}", path.display()));
+            std::thread::spawn(move || pass_on(&near, &to));
+            host_ports.push(HostPort { port, fd: fds.add(far) });
+        }
+        let vsock = VsockSpec { guest_cid: 3, listener, host_ports };
+        spec = spec.with_device(DeviceSpec::Vsock(vsock))?;
     }
     if let Some(path) = &options.console {
         spec = spec.with_device(DeviceSpec::Console { fd: fds.add(File::create(path)?) })?;
@@ -159,6 +173,33 @@ fn spec(options: &Options, fds: &mut Fds) -> Result<VmSpec, Failure> {
         spec = spec.with_device(DeviceSpec::Rng)?;
     }
     Ok(spec)
+}
+
+/// Joins the guest's connections to a port with a listener of the host at `to`.
+fn pass_on(calls: &OwnedFd, to: &Path) -> Option<()> {
+    loop {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let mut byte = [0];
+        let flags = RecvFlags::CMSG_CLOEXEC;
+        recvmsg(calls, &mut [IoSliceMut::new(&mut byte)], &mut ancillary, flags).ok()?;
+        let guest = ancillary.drain().find_map(|part| match part {
+            RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+            _ => None,
+        });
+        let guest = UnixStream::from(guest?);
+        guest.set_nonblocking(false).ok()?;
+        // Nobody listens: the guest's connection ends.
+        let Ok(host) = UnixStream::connect(to) else { continue };
+        for (from, to) in [(guest.try_clone(), host.try_clone()), (Ok(host), Ok(guest))] {
+            let (mut from, mut to) = (from.ok()?, to.ok()?);
+            std::thread::spawn(move || {
+                // However it ends, the other side is told.
+                let _ = std::io::copy(&mut from, &mut to);
+                to.shutdown(Shutdown::Write)
+            });
+        }
+    }
 }
 
 /// The owner's end of the control socket.

@@ -2,9 +2,10 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 
+use hyper_jail::JailError;
 use hyper_vmm_devices::balloon::{Balloon, BalloonTarget, MemfdPages, PageRelease};
 use hyper_vmm_devices::blk::{Bay, BayError, BayHandle, Blk, BlkError};
 use hyper_vmm_devices::console::Console;
@@ -16,7 +17,7 @@ use hyper_vmm_devices::net::{Net, NetError};
 use hyper_vmm_devices::output::Output;
 use hyper_vmm_devices::rng::{HostEntropy, Rng};
 use hyper_vmm_devices::transport::{MmioTransport, QUEUE_NOTIFY, WINDOW_BYTES};
-use hyper_vmm_devices::vsock::Vsock;
+use hyper_vmm_devices::vsock::{Callers, Vsock};
 use hyper_vmm_hv::{Entry, HvError, Hypervisor, Machine as KvmMachine, Vcpu};
 use hyper_vmm_spec::control::{LIFECYCLE_PORT, Metrics, SnapshotFds};
 use hyper_vmm_spec::{
@@ -29,6 +30,7 @@ use crate::arch::{
     self, BootError, BootPlan, DEVICE_WINDOWS, FIRST_DEVICE_IRQ, KernelError, SERIAL_IRQ, SERIAL_PORT,
 };
 use crate::bus::{Bus, Window};
+use crate::confine::{self, Needs};
 use crate::hot_memory::HotMemory;
 use crate::life::{Ending, Life, Mark, Notice};
 use crate::memory::{self, MemoryError};
@@ -51,6 +53,8 @@ pub(crate) enum BuildError {
     Descriptor(#[from] MissingDescriptor),
     #[error(transparent)]
     Start(#[from] StartError),
+    #[error("the machine is built, but not let run")]
+    Jail(#[from] JailError),
     #[error("the thread that builds the machine has died")]
     Builder,
     #[error("this machine has {0} bays")]
@@ -81,12 +85,8 @@ pub(crate) enum BuildError {
         #[source]
         source: FsError,
     },
-    #[error("vsock socket {path}")]
-    Vsock {
-        path: String,
-        #[source]
-        source: io::Error,
-    },
+    #[error("the vsock socket that was handed over")]
+    Vsock(#[source] io::Error),
 }
 
 /// A running machine, as the main thread sees it.
@@ -194,6 +194,7 @@ fn hot_range(spec: &VmSpec) -> Option<(u64, u64)> {
 /// fails, nothing is left.
 pub(crate) fn start(
     spec: &VmSpec,
+    kvm: Result<Hypervisor, HvError>,
     snapshot: Option<SnapshotFds>,
     mut fds: Descriptors,
     event_loop: &Arc<dyn EventLoop>,
@@ -210,8 +211,7 @@ pub(crate) fn start(
     let mem = origin.memory(spec.mem_mib() + spec.hot_mem_mib(), &ranges, shared)?;
     let (beginning, kvm) = std::thread::scope(|scope| {
         // KVM_CREATE_VM waits for the host's kernel (grace periods: 10 ms and more); the kernel is loaded meanwhile.
-        let kvm = scope
-            .spawn(|| Hypervisor::open()?.create_machine(Arc::clone(&mem), memory_end, spec.max_vcpus()));
+        let kvm = scope.spawn(|| kvm?.create_machine(Arc::clone(&mem), memory_end, spec.max_vcpus()));
         let beginning = origin.beginning(spec, &mut fds, &mem, memory_end);
         (beginning, kvm.join())
     });
@@ -234,6 +234,7 @@ pub(crate) fn start(
         balloon: None,
         memory: None,
         bays: Vec::new(),
+        longest_file: 0,
     };
     let mut windows = Vec::new();
     for (device, (address, irq)) in spec.devices().iter().zip(slots()) {
@@ -246,6 +247,8 @@ pub(crate) fn start(
     let vcpus = (0..spec.vcpus()).map(|index| kvm.create_vcpu(index)).collect::<Result<Vec<_>, _>>()?;
     beginning.apply(&kvm, &vcpus, &windows, &mut bus)?;
     life.mark(Mark::Built);
+    hyper_vmm_hv::install_kick_signal()?;
+    confine::begin(&builder.needs(spec))?;
     let vcpus = Vcpus::start(vcpus, &Arc::new(bus), life)?;
     let DeviceBuilder { balloon, memory, bays, .. } = builder;
     let (max_vcpus, shape) = (spec.max_vcpus(), Shape::of(spec));
@@ -426,18 +429,30 @@ struct DeviceBuilder {
     balloon: Option<BalloonTarget>,
     memory: Option<MemoryGoal>,
     bays: Vec<BayHandle>,
+    /// Length of the longest disk so far, bytes.
+    longest_file: u64,
 }
 
 impl DeviceBuilder {
+    /// What the machine takes of the host while it runs.
+    fn needs(&self, spec: &VmSpec) -> Needs {
+        let mem_bytes = (u64::from(spec.mem_mib()) + u64::from(spec.hot_mem_mib())) << 20;
+        Needs {
+            private_bytes: if self.private { mem_bytes } else { 0 },
+            // It may be saved, too. The length of what comes into a bay is not known yet.
+            file_bytes: self.bays.is_empty().then(|| self.longest_file.max(mem_bytes)),
+        }
+    }
+
     fn build(&mut self, device: &DeviceSpec) -> Result<Box<dyn VirtioDevice>, BuildError> {
         match device {
             DeviceSpec::Disk(disk) => self.disk(disk),
             DeviceSpec::Net(net) => self.net(net),
-            DeviceSpec::Vsock(vsock) => Self::vsock(vsock),
+            DeviceSpec::Vsock(vsock) => self.vsock(vsock),
             DeviceSpec::Share(share) => self.share(share),
             DeviceSpec::Balloon(balloon) => Ok(self.balloon(*balloon)),
             DeviceSpec::Bay => {
-                let bay = Bay::default();
+                let bay = Bay::new(confine::disk_worker);
                 self.bays.push(bay.handle());
                 Ok(Box::new(bay))
             }
@@ -453,12 +468,19 @@ impl DeviceBuilder {
     fn disk(&mut self, disk: &DiskSpec) -> Result<Box<dyn VirtioDevice>, BuildError> {
         let file = File::from(self.fds.take(disk.fd, "a disk")?);
         let failed = |source| BuildError::Disk { id: disk.id.as_str().to_owned(), source };
-        Ok(Box::new(Blk::new(&disk.id, file, disk.read_only).map_err(failed)?))
+        self.longest_file = self.longest_file.max(file.metadata().map_or(0, |meta| meta.len()));
+        let blk = Blk::new(&disk.id, file, disk.read_only).map_err(failed)?;
+        Ok(Box::new(blk.with_worker(confine::disk_worker)))
     }
 
-    fn vsock(vsock: &VsockSpec) -> Result<Box<dyn VirtioDevice>, BuildError> {
-        let failed = |source| BuildError::Vsock { path: vsock.uds_path.display().to_string(), source };
-        Ok(Box::new(Vsock::new(vsock.guest_cid, &vsock.uds_path).map_err(failed)?))
+    fn vsock(&mut self, vsock: &VsockSpec) -> Result<Box<dyn VirtioDevice>, BuildError> {
+        let listener = UnixListener::from(self.fds.take(vsock.listener, "the vsock socket")?);
+        let mut callers = Vec::new();
+        for port in &vsock.host_ports {
+            callers.push((port.port, self.fds.take(port.fd, "a port of the host")?));
+        }
+        let device = Vsock::new(vsock.guest_cid, listener, Callers::new(callers));
+        Ok(Box::new(device.map_err(BuildError::Vsock)?))
     }
 
     fn net(&mut self, net: &NetSpec) -> Result<Box<dyn VirtioDevice>, BuildError> {

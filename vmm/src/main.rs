@@ -1,14 +1,15 @@
 //! VmSpec in, running machine out. One process per machine: a control socket on standard input, a log on standard error.
 //!
 //! ```text
-//!  main --> run (main thread: control socket, device handlers)
-//!             \--> machine::start: memory, kernel, devices, vCPUs
+//!  main --> the jail closes (hyper_jail::vmm) --> run (main thread: control socket, device handlers)
+//!             \--> machine::start: memory, kernel, devices --> filters of system calls --> vCPUs
 //!                    \--> vcpus (one thread each): KVM_RUN --exit--> bus --> devices' registers
 //! ```
 #![forbid(unsafe_code)]
 
 mod arch;
 mod bus;
+mod confine;
 mod event_loop;
 mod hot_memory;
 mod life;
@@ -23,11 +24,9 @@ mod vcpus;
 
 use std::process::ExitCode;
 
+use hyper_jail::JailError;
+use hyper_vmm_hv::Hypervisor;
 use hyper_vmm_spec::control::exit_code;
-use rustix::process::{Resource, Rlimit, Signal, getrlimit, set_parent_process_death_signal, setrlimit};
-
-/// Descriptors that a machine may need at most: vsock connections, queue and timer events, disks, with room to spare.
-const OPEN_FILES: u64 = 4096;
 
 fn main() -> ExitCode {
     let main_us = life::now_us();
@@ -47,24 +46,23 @@ fn main() -> ExitCode {
 }
 
 fn run_machine(main_us: u64) -> u8 {
-    // The closed control socket ends us when the owner goes; this is for an owner whose socket somebody else keeps open.
-    if let Err(e) = set_parent_process_death_signal(Some(Signal::KILL)) {
-        log::line(format_args!("cannot ask for the owner's death signal: {e}"));
-    }
-    raise_open_files();
-    run::run(main_us).unwrap_or_else(|e| {
+    let kvm = match close_jail() {
+        Ok(kvm) => kvm,
+        Err(e) => {
+            log::line(format_args!("{}", log::chain(&e)));
+            return exit_code::JAIL;
+        }
+    };
+    run::run(main_us, kvm).unwrap_or_else(|e| {
         log::line(format_args!("{}", log::chain(&e)));
         e.exit_code()
     })
 }
 
-/// The usual soft limit of 1024 is less than the vsock device's table of connections.
-fn raise_open_files() {
-    let now = getrlimit(Resource::Nofile);
-    let enough = now.maximum.map_or(OPEN_FILES, |hard| hard.min(OPEN_FILES));
-    if now.current.is_some_and(|soft| soft < enough)
-        && let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: Some(enough), maximum: now.maximum })
-    {
-        log::line(format_args!("cannot raise the limit of open files to {enough}: {e}"));
-    }
+/// Takes everything away but /dev/kvm, whose state the owner is told when it asks for a machine. From here on nothing is opened by a path.
+fn close_jail() -> Result<Result<Hypervisor, hyper_vmm_hv::HvError>, JailError> {
+    hyper_jail::close_inherited()?;
+    let kvm = Hypervisor::open();
+    hyper_jail::vmm::close()?;
+    Ok(kvm)
 }

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use hyper_vmm_devices::legacy::LineLog;
+use hyper_vmm_hv::{HvError, Hypervisor};
 use hyper_vmm_spec::control::{Event, ExitCause, Message, Reply, Request, RunState, exit_code};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
@@ -45,7 +46,7 @@ impl RunError {
 }
 
 /// Runs one machine from boot request to end; returns the exit code.
-pub(crate) fn run(main_us: u64) -> Result<u8, RunError> {
+pub(crate) fn run(main_us: u64, kvm: Result<Hypervisor, HvError>) -> Result<u8, RunError> {
     let socket = ControlSocket::from_stdin()?;
     let (life, notices) = Life::new(main_us).map_err(RunError::EventFd)?;
     let (request, fds) = match socket.receive().map_err(RunError::Receive)? {
@@ -63,7 +64,7 @@ pub(crate) fn run(main_us: u64) -> Result<u8, RunError> {
     };
     life.mark(Mark::Spec);
     let mut events = EventThread::new()?;
-    let machine = machine::start(&spec, snapshot, fds, &events.handle(), &life)
+    let machine = machine::start(&spec, kvm, snapshot, fds, &events.handle(), &life)
         .map_err(|e| refuse(&socket, e.into()))?;
     socket.send(&Message::Reply { result: Ok(Reply::Done) });
 

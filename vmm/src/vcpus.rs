@@ -13,6 +13,7 @@ use hyper_vmm_hv::{Exit, HvError, Kicker, Machine, MachineState, Vcpu, VcpuState
 use vmm_sys_util::signal::Killable;
 
 use crate::bus::Bus;
+use crate::confine;
 use crate::life::{Ending, Life, Mark, Notice};
 
 #[derive(Debug, Default)]
@@ -65,9 +66,8 @@ pub(crate) struct Vcpus {
 }
 
 impl Vcpus {
-    /// Starts all of `vcpus`, the one that boots last, so that nobody waits for a thread.
+    /// Starts all of `vcpus`, the one that boots last, so that nobody waits for a thread. The kick signal is installed.
     pub(crate) fn start(vcpus: Vec<Vcpu>, bus: &Arc<Bus>, life: &Arc<Life>) -> Result<Self, StartError> {
-        hyper_vmm_hv::install_kick_signal()?;
         let kickers = vcpus.iter().map(Vcpu::kicker).collect::<Result<_, _>>()?;
         let gate = Arc::new(Gate {
             wish: Mutex::new(Wish { kickers, ..Wish::default() }),
@@ -167,6 +167,7 @@ pub(crate) enum StartError {
 
 /// The life of one processor.
 fn run(index: usize, shared: &Mutex<Vcpu>, gate: &Gate, bus: &Bus) {
+    confine::vcpu();
     if index == 0 {
         gate.life.mark(Mark::Entered);
     }

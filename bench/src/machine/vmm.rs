@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 use hyper_vmm_spec::control::{Event, MAX_PACKET_BYTES, Message, Reply, Request, Timeline};
-use hyper_vmm_spec::{BalloonSpec, DeviceSpec, FdSlot, VmSpec, VsockSpec};
+use hyper_vmm_spec::{BalloonSpec, DeviceSpec, FdSlot, HostPort, VmSpec, VsockSpec};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
@@ -25,18 +25,25 @@ const DOORBELL_PORT: u32 = 1026;
 /// Starts a machine, waits for its agent, ends it.
 pub(crate) fn start(parts: &Parts) -> Result<Start> {
     let folder = tempfile::tempdir().context("making a folder")?;
-    let vsock = folder.path().join("vsock");
-    let _bell = UnixListener::bind(folder.path().join(format!("vsock_{DOORBELL_PORT}")))
-        .context("binding the doorbell")?;
+    let listener = UnixListener::bind(folder.path().join("vsock")).context("binding the vsock socket")?;
+    let (_bell, doorbell) =
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     let files = [
         File::open(&parts.kernel).with_context(|| format!("opening {}", parts.kernel.display()))?,
         File::open(&parts.initramfs).with_context(|| format!("opening {}", parts.initramfs.display()))?,
         File::options().write(true).open("/dev/null").context("opening /dev/null")?,
+        File::from(OwnedFd::from(listener)),
+        File::from(doorbell),
     ];
+    let vsock = VsockSpec {
+        guest_cid: 3,
+        listener: FdSlot(3),
+        host_ports: vec![HostPort { port: DOORBELL_PORT, fd: FdSlot(4) }],
+    };
     let spec = VmSpec::new(1, MEM_MIB, FdSlot(0), format!("{CMDLINE} reboot=k"))?
         .with_initramfs(FdSlot(1))
         .with_serial(FdSlot(2))
-        .with_device(DeviceSpec::Vsock(VsockSpec { guest_cid: 3, uds_path: vsock }))?
+        .with_device(DeviceSpec::Vsock(vsock))?
         .with_device(DeviceSpec::Balloon(BalloonSpec { free_page_reporting: true }))?
         .with_device(DeviceSpec::Rng)?;
 
@@ -85,7 +92,7 @@ impl Drop for Ended {
 fn send(socket: &OwnedFd, request: &Request, files: &[File]) -> Result<()> {
     let packet = serde_json::to_vec(request)?;
     let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&fds)) {
         bail!("too many descriptors for one packet");

@@ -8,9 +8,10 @@ use std::time::Duration;
 use hyper_protocol::rpc::agent_ttrpc::AgentClient;
 use hyper_protocol::{DOORBELL_MAX_BYTES, Doorbell, RPC_PORT, STREAM_PORT};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixStream;
 use tokio::time::timeout;
 
+use super::callers::Callers;
 use super::{VmError, scaled_ms};
 
 /// A stream of a process, as a raw connection.
@@ -120,16 +121,20 @@ async fn read_line(stream: &mut UnixStream, limit: usize) -> io::Result<Vec<u8>>
 }
 
 /// Waits for the doorbell.
-pub(crate) async fn doorbell(listener: &UnixListener) -> Result<Doorbell, VmError> {
+pub(crate) async fn doorbell(callers: &Callers) -> Result<Doorbell, VmError> {
     let fail = |source| VmError::Descriptor { what: "a connection of the doorbell", source };
-    let (mut stream, _) = listener.accept().await.map_err(fail)?;
+    // A VMM that has gone is told of by its control socket, with a reason.
+    let Some(mut stream) = callers.next().await.map_err(fail)? else { std::future::pending().await };
     let line = read_line(&mut stream, DOORBELL_MAX_BYTES).await.map_err(fail)?;
     Ok(Doorbell::parse(&line)?)
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::callers::testing::call;
     use super::*;
+    use std::io::Write;
+    use tokio::net::UnixListener;
 
     async fn answering(answer: &'static [u8]) -> Result<UnixStream, VmError> {
         let dir = tempfile::tempdir().unwrap();
@@ -165,12 +170,9 @@ mod tests {
         for (line, ok) in
             [(Doorbell::line("x"), true), ("hyper-agent 9 x\n".into(), false), ("a".repeat(200), false)]
         {
-            let dir = tempfile::tempdir().unwrap();
-            let path = dir.path().join("bell");
-            let listener = UnixListener::bind(&path).unwrap();
-            let mut guest = UnixStream::connect(&path).await.unwrap();
-            guest.write_all(line.as_bytes()).await.unwrap();
-            assert_eq!(doorbell(&listener).await.is_ok(), ok, "{line}");
+            let (callers, plan) = Callers::of_port(7).unwrap();
+            call(&plan).write_all(line.as_bytes()).unwrap();
+            assert_eq!(doorbell(&callers).await.is_ok(), ok, "{line}");
         }
     }
 }

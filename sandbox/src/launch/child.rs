@@ -18,7 +18,8 @@ const MAX_LOG_BYTES: u64 = 512 * 1024;
 /// Last bytes of a console that are looked at for its last words.
 const TAIL_BYTES: usize = 4096;
 
-/// Spawns a program with `stdin` as its standard input; its standard error goes to `log`. It dies with us. `cgroups` are entrances of the
+/// Spawns a program with `stdin` as its standard input; its standard error goes to `log`. It dies with us, and sees no process but itself.
+/// `cgroups` are entrances of the
 /// control groups that it runs in; none: ours.
 pub(super) fn spawn(
     part: &'static str,
@@ -44,7 +45,8 @@ pub(super) fn spawn(
         let copies: io::Result<Vec<OwnedFd>> = cgroups.iter().map(OwnedFd::try_clone).collect();
         crate::sys::enter_cgroups(&mut command, copies.map_err(fail)?);
     }
-    let mut child = command.spawn().map_err(fail)?;
+    let spawned = hyper_jail::spawn::in_pid_namespace(|| command.spawn()).map_err(fail)?;
+    let mut child = spawned.map_err(fail)?;
     let stderr = child.stderr.take().ok_or_else(|| fail(io::ErrorKind::BrokenPipe.into()))?;
     Ok((child, keep(stderr, log)))
 }

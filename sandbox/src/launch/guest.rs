@@ -2,8 +2,8 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
-use std::path::Path;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,17 +13,17 @@ use hyper_vmm_spec::FdSlot;
 use hyper_vmm_spec::control::{Reply, Request, SnapshotFds, Timeline};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::time::{ClockId, clock_gettime};
-use tokio::net::UnixListener;
 use tokio::process::Child;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::agent::{self, Agent};
+use super::callers::Callers;
 use super::child::{keep, last_words, spawn};
 use super::control::{self, Control, VmEnd};
 use super::file_server::FileServer;
 use super::levers::Levers;
-use super::plan::{Assembled, GuestPlan, assemble, port_path, vsock_path};
+use super::plan::{Assembled, GuestPlan, Sockets, assemble, vsock_path};
 use super::{VmError, scaled_ms};
 use crate::dirs::Parts;
 use crate::state::BootTimeline;
@@ -85,6 +85,24 @@ pub(super) struct Booted {
     logs: Vec<JoinHandle<()>>,
     /// Slots of the bays.
     bays: Vec<u32>,
+    _vsock_name: SocketName,
+}
+
+/// The name of a socket; gone when this is dropped.
+#[derive(Debug)]
+struct SocketName(PathBuf);
+
+impl Drop for SocketName {
+    fn drop(&mut self) {
+        // The directory may be gone, with all that was in it.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// A listening socket for the VMM, which has no path to make one at.
+fn listen(path: PathBuf) -> io::Result<(OwnedFd, SocketName)> {
+    let listener = std::os::unix::net::UnixListener::bind(&path)?;
+    Ok((listener.into(), SocketName(path)))
 }
 
 impl Booted {
@@ -94,12 +112,15 @@ impl Booted {
         let (run_dir, log_dir) = (plan.run_dir.clone(), plan.log_dir.clone());
         let limit = scaled_ms(plan.boot_ms);
         let cgroups = std::mem::take(&mut plan.cgroups);
+        let mut bell = None;
         // Whoever was saved with its agent serving does not ring again.
-        let bell = match plan.template {
-            Some(_) => None,
-            None => Some(UnixListener::bind(port_path(&run_dir, DOORBELL_PORT))),
-        };
-        let bell = bell.transpose().map_err(descriptor("the doorbell's socket"))?;
+        if plan.template.is_none() {
+            let (callers, port) =
+                Callers::of_port(DOORBELL_PORT).map_err(descriptor("the doorbell's socket"))?;
+            plan.host_ports.push(port);
+            bell = Some(callers);
+        }
+        let (vsock, vsock_name) = listen(vsock_path(&run_dir)).map_err(descriptor("the vsock socket"))?;
         let mut logs = Vec::new();
         let (console_out, console_in) =
             pipe_with(PipeFlags::CLOEXEC).map_err(|e| descriptor("a pipe")(e.into()))?;
@@ -116,13 +137,14 @@ impl Booted {
             share = Some(socket);
             steps.done("file-server");
         }
-        let assembled = assemble(plan, parts, console_in, share)?;
+        let sockets = Sockets { vsock, serial: console_in, share };
+        let assembled = assemble(plan, parts, sockets)?;
         let (control, far) = control::pair().map_err(descriptor("the control socket"))?;
         let (vmm, log) = spawn("hyper-vmm", &parts.vmm, &[], far, &log_dir.join("vmm.log"), &cgroups)?;
         logs.push(log);
         steps.done("vmm-spawned");
         let (control, bays) = (Arc::new(control), assembled.bays.clone());
-        let mut booted = Self { control, vmm, file_server, logs, bays };
+        let mut booted = Self { control, vmm, file_server, logs, bays, _vsock_name: vsock_name };
         let up = async {
             booted.build(assembled, &log_dir).await?;
             steps.done("vmm-built");
@@ -319,7 +341,7 @@ async fn ended(control: &Control, file_server: Option<&FileServer>) -> VmEnd {
 }
 
 async fn wait_for_doorbell(
-    bell: &UnixListener,
+    bell: &Callers,
     ended: impl Future<Output = VmEnd>,
     console: &Path,
     limit: Duration,

@@ -5,10 +5,11 @@
 //! Guest::shutdown: agent Shutdown -> control Shutdown -> kill
 //! ```
 //!
-//! Files: `guest` (the whole), `plan` (what is to be started, as a `VmSpec`), `control` (the VMM's socket), `file_server`, `child`
+//! Files: `guest` (the whole), `plan` (what is to be started, as a `VmSpec`), `control` (the VMM's socket), `callers` (connections of the guest), `file_server`, `child`
 //! (processes and their logs), `template` (machines that are cloned), `levers` (what changes a running machine), `agent` (RPC and streams), `memory` (how large the VM must be), `unpack`.
 
 mod agent;
+mod callers;
 mod child;
 mod control;
 mod file_server;
@@ -26,6 +27,9 @@ use std::time::Duration;
 use hyper_vmm_spec::SpecError;
 
 pub(crate) use agent::{Agent, Stream, call, context, rpc_error};
+pub(crate) use callers::Callers;
+#[cfg(test)]
+pub(crate) use callers::testing as callers_testing;
 pub(crate) use control::VmEnd;
 pub(crate) use guest::{Guest, Steps};
 pub(crate) use levers::Levers;

@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 
 use hyper_vmm_spec::control::SnapshotFds;
 use hyper_vmm_spec::{
-    BalloonSpec, DeviceSpec, DiskId, DiskSpec, FdSlot, HotMemorySpec, MAX_DEVICES, NetSpec, ShareSpec,
-    SpecError, VmSpec, VsockSpec,
+    BalloonSpec, DeviceSpec, DiskId, DiskSpec, FdSlot, HostPort, HotMemorySpec, MAX_DEVICES, NetSpec,
+    ShareSpec, SpecError, VmSpec, VsockSpec,
 };
 use serde::Serialize;
 
 use super::VmError;
+use super::callers::HostPortPlan;
 use super::template::Template;
 use crate::dirs::Parts;
 
@@ -43,6 +44,8 @@ pub(crate) struct GuestPlan {
     pub(crate) bays: u8,
     pub(crate) disks: Vec<DiskPlan>,
     pub(crate) nets: Vec<NetPlan>,
+    /// Ports of the host that it may connect to, beside the doorbell.
+    pub(crate) host_ports: Vec<HostPortPlan>,
     /// What is shared; nothing: no file server.
     pub(crate) shares: Vec<SharePlan>,
     /// More words for the kernel's command line.
@@ -63,6 +66,8 @@ impl GuestPlan {
             Ok(DiskPlan { id: disk.id.clone(), file: disk.file.try_clone()?, read_only: disk.read_only })
         };
         let net = |net: &NetPlan| Ok(NetPlan { tap: net.tap.try_clone()?, mac: net.mac, mtu: net.mtu });
+        let host_port =
+            |plan: &HostPortPlan| Ok(HostPortPlan { port: plan.port, socket: plan.socket.try_clone()? });
         Ok(Self {
             run_dir: self.run_dir.clone(),
             log_dir: self.log_dir.clone(),
@@ -72,6 +77,7 @@ impl GuestPlan {
             bays: self.bays,
             disks: self.disks.iter().map(disk).collect::<Result<_, _>>().map_err(failed)?,
             nets: self.nets.iter().map(net).collect::<Result<_, _>>().map_err(failed)?,
+            host_ports: self.host_ports.iter().map(host_port).collect::<Result<_, _>>().map_err(failed)?,
             shares: self.shares.clone(),
             kernel_args: self.kernel_args.clone(),
             boot_ms: self.boot_ms,
@@ -141,14 +147,20 @@ impl Assembled {
     }
 }
 
-/// Path of the VMM's vsock socket.
+/// Path of the socket on which programs connect to the guest.
 pub(crate) fn vsock_path(run_dir: &Path) -> PathBuf {
     run_dir.join("vsock")
 }
 
-/// Path of the socket on which connections of the guest to a host port arrive.
-pub(crate) fn port_path(run_dir: &Path, port: u32) -> PathBuf {
-    run_dir.join(format!("vsock_{port}"))
+/// Sockets that the VMM is given for a machine.
+#[derive(Debug)]
+pub(super) struct Sockets {
+    /// Where programs connect to the guest.
+    pub(super) vsock: OwnedFd,
+    /// Where the console's output goes.
+    pub(super) serial: OwnedFd,
+    /// That of the file server.
+    pub(super) share: Option<OwnedFd>,
 }
 
 #[derive(Debug, Default)]
@@ -168,13 +180,8 @@ fn open_part(part: &'static str, path: &Path) -> Result<File, VmError> {
     File::open(path).map_err(|source| VmError::Part { part, path: path.to_owned(), source })
 }
 
-/// Turns a plan into a spec. `serial` gets the console's output, `share` is the socket of the file server.
-pub(super) fn assemble(
-    plan: GuestPlan,
-    parts: &Parts,
-    serial: OwnedFd,
-    share: Option<OwnedFd>,
-) -> Result<Assembled, VmError> {
+/// Turns a plan into a spec.
+pub(super) fn assemble(plan: GuestPlan, parts: &Parts, sockets: Sockets) -> Result<Assembled, VmError> {
     let mut slots = Slots::default();
     let kernel = slots.take(open_part("the guest kernel", &parts.kernel)?);
     let initramfs = slots.take(open_part("the guest's initramfs", &parts.initramfs)?);
@@ -183,13 +190,15 @@ pub(super) fn assemble(
         .chain(plan.kernel_args.iter().map(String::as_str))
         .collect::<Vec<_>>()
         .join(" ");
+    let mut host_ports = Vec::new();
+    for HostPortPlan { port, socket } in plan.host_ports {
+        host_ports.push(HostPort { port, fd: slots.take(socket) });
+    }
+    let vsock = VsockSpec { guest_cid: GUEST_CID, listener: slots.take(sockets.vsock), host_ports };
     let mut spec = VmSpec::new(plan.vcpus, plan.mem_mib, kernel, cmdline)?
         .with_initramfs(initramfs)
-        .with_serial(slots.take(serial))
-        .with_device(DeviceSpec::Vsock(VsockSpec {
-            guest_cid: GUEST_CID,
-            uds_path: vsock_path(&plan.run_dir),
-        }))?;
+        .with_serial(slots.take(sockets.serial))
+        .with_device(DeviceSpec::Vsock(vsock))?;
     let snapshot = plan.template.map(|template| SnapshotFds {
         state: slots.take(template.state),
         memory: slots.take(template.memory),
@@ -203,7 +212,7 @@ pub(super) fn assemble(
         let fd = slots.take(net.tap);
         spec = spec.with_device(DeviceSpec::Net(NetSpec { fd, mac: net.mac, mtu: net.mtu }))?;
     }
-    if let Some(share) = share {
+    if let Some(share) = sockets.share {
         let tag = hyper_protocol::SHARE_TAG.to_owned();
         spec = spec.with_device(DeviceSpec::Share(ShareSpec { tag, fd: slots.take(share) }))?;
     }
@@ -244,6 +253,10 @@ pub(super) mod tests {
         File::open("/dev/null").unwrap().into()
     }
 
+    fn sockets(share: Option<OwnedFd>) -> Sockets {
+        Sockets { vsock: null(), serial: null(), share }
+    }
+
     pub(in crate::launch) fn plan(dir: &Path) -> GuestPlan {
         GuestPlan {
             run_dir: dir.to_owned(),
@@ -254,6 +267,7 @@ pub(super) mod tests {
             bays: 0,
             disks: vec![DiskPlan { id: "image".to_owned(), file: null().into(), read_only: true }],
             nets: vec![NetPlan { tap: null(), mac: [2, 0, 0, 0, 0, 1], mtu: 1500 }],
+            host_ports: vec![HostPortPlan { port: 1027, socket: null() }],
             shares: Vec::new(),
             kernel_args: vec!["loglevel=7".into()],
             boot_ms: DEFAULT_BOOT_MS,
@@ -266,14 +280,14 @@ pub(super) mod tests {
     fn every_slot_has_its_descriptor() {
         let dir = tempfile::tempdir().unwrap();
         let parts = Parts::in_dir(dir.path(), dir.path());
-        let missing = assemble(plan(dir.path()), &parts, null(), None).unwrap_err();
+        let missing = assemble(plan(dir.path()), &parts, sockets(None)).unwrap_err();
         assert!(missing.to_string().contains("the guest kernel"), "{missing}");
         std::fs::write(&parts.kernel, "").unwrap();
         std::fs::write(&parts.initramfs, "").unwrap();
-        let assembled = assemble(plan(dir.path()), &parts, null(), Some(null())).unwrap();
-        assert_eq!(assembled.fds().len(), 6, "kernel, initramfs, serial, disk, tap, share");
+        let assembled = assemble(plan(dir.path()), &parts, sockets(Some(null()))).unwrap();
+        assert_eq!(assembled.fds().len(), 8, "kernel, initramfs, port, vsock, serial, disk, tap, share");
         let text = serde_json::to_string(&assembled.spec).unwrap();
-        for slot in 0..6 {
+        for slot in 0..8 {
             assert!(text.contains(&format!(":{slot}")), "slot {slot} in {text}");
         }
         assert!(assembled.spec.cmdline().ends_with(&format!("{CMDLINE} loglevel=7")));
@@ -289,13 +303,13 @@ pub(super) mod tests {
         let mut grows = plan(dir.path());
         grows.growth = Some(GrowthPlan { max_vcpus: 8, hot_mem_mib: 1024 });
         grows.bays = 8;
-        let assembled = assemble(grows, &parts, null(), None).unwrap();
+        let assembled = assemble(grows, &parts, sockets(None)).unwrap();
         assert_eq!(assembled.bays, (6..14).collect::<Vec<_>>());
         let spec = assembled.spec;
         assert_eq!((spec.vcpus(), spec.max_vcpus(), spec.hot_mem_mib()), (2, 8, 1024));
         assert!(spec.cmdline().contains(GROWTH_CMDLINE));
         assert!(
-            !assemble(plan(dir.path()), &parts, null(), None)
+            !assemble(plan(dir.path()), &parts, sockets(None))
                 .unwrap()
                 .spec
                 .cmdline()
@@ -311,9 +325,9 @@ pub(super) mod tests {
         std::fs::write(&parts.initramfs, "").unwrap();
         let saved = plan(dir.path());
         let clone = saved.try_clone().unwrap();
-        let saved = assemble(saved, &parts, null(), None).unwrap();
+        let saved = assemble(saved, &parts, sockets(None)).unwrap();
         let template = Template { state: null().into(), memory: null().into() };
-        let clone = assemble(clone.going_on_from(template), &parts, null(), None).unwrap();
+        let clone = assemble(clone.going_on_from(template), &parts, sockets(None)).unwrap();
         let kinds = |assembled: &Assembled| -> Vec<_> {
             assembled.spec.devices().iter().map(std::mem::discriminant).collect()
         };
@@ -331,7 +345,7 @@ pub(super) mod tests {
         let mut many = plan(dir.path());
         many.nets = (0..10).map(|n| NetPlan { tap: null(), mac: [2, 0, 0, 0, 0, n], mtu: 1500 }).collect();
         many.bays = 8;
-        let assembled = assemble(many, &parts, null(), None).unwrap();
+        let assembled = assemble(many, &parts, sockets(None)).unwrap();
         assert_eq!(assembled.spec.devices().len(), MAX_DEVICES);
         assert_eq!(assembled.bays, (14..19).collect::<Vec<_>>());
     }
@@ -345,7 +359,7 @@ pub(super) mod tests {
         let mut twice = plan(dir.path());
         twice.disks.push(DiskPlan { id: "image".to_owned(), file: null().into(), read_only: true });
         assert!(matches!(
-            assemble(twice, &parts, null(), None),
+            assemble(twice, &parts, sockets(None)),
             Err(VmError::Spec(SpecError::DuplicateName(_)))
         ));
     }

@@ -82,6 +82,7 @@ pub(crate) async fn unpack(
         bays: 0,
         disks: vec![DiskPlan { id: DISK.to_owned(), file: guest_disk, read_only: false }],
         nets: Vec::new(),
+        host_ports: Vec::new(),
         shares: Vec::new(),
         kernel_args: Vec::new(),
         boot_ms: DEFAULT_BOOT_MS,

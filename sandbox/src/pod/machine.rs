@@ -67,6 +67,7 @@ impl Machine {
             bays: MAX_BAYS,
             disks: Vec::new(),
             nets,
+            host_ports: Vec::new(),
             shares: vec![live.plan()],
             kernel_args: spec.kernel_args.clone(),
             template: None,

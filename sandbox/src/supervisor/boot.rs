@@ -57,13 +57,15 @@ pub(super) async fn machine(
     steps.done("storage");
     let (shares, mounts) = mounts(home, config)?;
     let host = HostResolver::of_host();
-    let (mut link, mut names, mut net) = (None, None, None);
+    let (mut link, mut names, mut net, mut host_ports) = (None, None, None, Vec::new());
     if config.network == NetworkMode::Bridge {
         let settings = NetworkSettings::from_env()?;
         let mut connected = settings.connect(id, last_address(container)).await?;
         net = connected.take_tap().map(|tap| NetPlan { tap, mac: connected.mac, mtu: MTU });
-        let path = run_dir.join(format!("vsock_{DNS_PORT}"));
-        names = Some(NameService::listen(&path, home, settings.gateway(), upstreams(config, &host))?);
+        let (callers, port) = launch::Callers::of_port(DNS_PORT)
+            .map_err(|source| SandboxError::io("make a socket in", &run_dir, source))?;
+        host_ports.push(port);
+        names = Some(NameService::start(callers, home, settings.gateway(), upstreams(config, &host)));
         link = Some(connected);
         steps.done("network");
     }
@@ -82,6 +84,7 @@ pub(super) async fn machine(
             DiskPlan { id: RW_DISK.to_owned(), file: rw, read_only: false },
         ],
         nets: net.into_iter().collect(),
+        host_ports,
         shares,
         kernel_args: config.kernel_args.clone(),
         boot_ms: DEFAULT_BOOT_MS,

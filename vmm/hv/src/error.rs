@@ -68,6 +68,9 @@ pub enum HvError {
     /// Memory could not be given back to the host.
     #[error("cannot give guest memory back")]
     Discard(#[source] std::io::Error),
+    /// Memory could not be kept out of core dumps.
+    #[error("cannot keep guest memory out of core dumps")]
+    Dumps(#[source] std::io::Error),
     /// The signal that stops vCPUs could not be set up.
     #[error("cannot install the signal handler for vCPU threads")]
     Signal(#[source] Errno),

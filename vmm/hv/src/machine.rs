@@ -86,6 +86,7 @@ impl Hypervisor {
             return Err(HvError::Vcpus { asked: usize::from(vcpus), most });
         }
         let vm = self.create_vm()?;
+        leave_out_of_dumps(&mem)?;
         lend_memory(&vm, &mem, memory_end)?;
         vm.set_identity_map_address(IDENTITY_MAP_ADDRESS)
             .map_err(HvError::refused("set the identity map"))?;
@@ -138,6 +139,20 @@ pub(crate) fn lend_memory(vm: &VmFd, mem: &GuestMemoryMmap, end: u64) -> Result<
         // SAFETY: the region is mapped for `memory_size` bytes from `host`, regions do not overlap (vm-memory checks it),
         // and the owner of `vm` keeps `mem` until after the last vCPU is gone.
         unsafe { vm.set_user_memory_region(slot) }.map_err(HvError::refused("take guest memory"))?;
+    }
+    Ok(())
+}
+
+/// Keeps guest memory out of core dumps of this process, whoever makes one.
+fn leave_out_of_dumps(mem: &GuestMemoryMmap) -> Result<(), HvError> {
+    for region in mem.iter() {
+        let start = region.start_addr();
+        let outside = |_| HvError::MemoryAddress(start.0);
+        let host = mem.get_host_address(start).map_err(|_| HvError::MemoryAddress(start.0))?;
+        let len = usize::try_from(region.len()).map_err(outside)?;
+        // SAFETY: the region is mapped for `len` bytes from `host`; the advice changes nothing of what is there.
+        unsafe { rustix::mm::madvise(host.cast(), len, rustix::mm::Advice::LinuxDontDump) }
+            .map_err(|error| HvError::Dumps(error.into()))?;
     }
     Ok(())
 }

@@ -235,4 +235,8 @@ pub mod exit_code {
     pub const GUEST_CRASH: u8 = 3;
     /// The VMM itself failed.
     pub const INTERNAL: u8 = 4;
+    /// The jail could not be closed; the log says why.
+    pub const JAIL: u8 = 5;
+    /// A thread made a system call that it may not make; the log says which.
+    pub const FORBIDDEN: u8 = 6;
 }

@@ -9,6 +9,7 @@ pub mod probe;
 mod spec;
 
 pub use spec::{
-    BalloonSpec, DeviceSpec, DiskId, DiskSpec, FdSlot, HOT_MEM_STEP_MIB, HotMemorySpec, MAX_CMDLINE_BYTES,
-    MAX_DEVICES, MAX_MEM_MIB, MAX_VCPUS, MIN_MEM_MIB, NetSpec, ShareSpec, SpecError, VmSpec, VsockSpec,
+    BalloonSpec, DeviceSpec, DiskId, DiskSpec, FdSlot, HOT_MEM_STEP_MIB, HostPort, HotMemorySpec,
+    MAX_CMDLINE_BYTES, MAX_DEVICES, MAX_HOST_PORTS, MAX_MEM_MIB, MAX_VCPUS, MIN_MEM_MIB, NetSpec, ShareSpec,
+    SpecError, VmSpec, VsockSpec,
 };

@@ -1,7 +1,6 @@
 //! `VmSpec`: a machine description that is valid by construction.
 
 use std::collections::HashSet;
-use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -13,6 +12,8 @@ pub const MIN_MEM_MIB: u32 = 32;
 pub const MAX_MEM_MIB: u32 = 1 << 20;
 /// Most virtio devices: one I/O APIC pin each, pins 5 to 23.
 pub const MAX_DEVICES: usize = 19;
+/// Most ports of the host that a guest may connect to: there are a doorbell and a name service.
+pub const MAX_HOST_PORTS: usize = 8;
 /// Memory that is added while the machine runs comes in parts of this size, MiB: what a Linux guest describes at once.
 pub const HOT_MEM_STEP_MIB: u32 = 128;
 /// Longest kernel command line that the caller may give, bytes; the VMM appends device entries to it
@@ -87,14 +88,27 @@ pub struct NetSpec {
 
 /// The vsock device. Host side: hybrid vsock, Unix stream sockets.
 ///
-/// A host program connects to `uds_path`, writes `CONNECT <port>\n`, reads `OK <port>\n`, and then has a stream to that
-/// guest port. A guest connection to host port P arrives on the Unix listener `<uds_path>_<P>`.
+/// A host program connects to the listener, writes `CONNECT <port>\n`, reads `OK <port>\n`, and then has a stream to that
+/// guest port. A guest connection to host port P arrives as a descriptor on the socket of that [`HostPort`]. The VMM itself
+/// looks up no path: it has none.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VsockSpec {
     /// Context id of the guest, at least 3.
     pub guest_cid: u32,
-    /// Path of the listening socket that the VMM creates.
-    pub uds_path: PathBuf,
+    /// The listening Unix stream socket.
+    pub listener: FdSlot,
+    /// Ports of the host that the guest may connect to, each once, at most [`MAX_HOST_PORTS`].
+    pub host_ports: Vec<HostPort>,
+}
+
+/// A port of the host, as the guest sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostPort {
+    /// Its number.
+    pub port: u32,
+    /// A connected `SOCK_SEQPACKET` Unix socket. For each connection of the guest a packet of one byte comes out at its other end, and
+    /// with it, as `SCM_RIGHTS`, one end of a Unix stream socket pair.
+    pub fd: FdSlot,
 }
 
 /// One virtio-fs device whose queues are served by another process over vhost-user.
@@ -312,6 +326,7 @@ fn check_devices(devices: &[DeviceSpec], mem_mib: u32) -> Result<(), SpecError> 
                 return Err(SpecError::HotMemory(hot.max_mib));
             }
             DeviceSpec::Vsock(v) if v.guest_cid < 3 => return Err(SpecError::GuestCid(v.guest_cid)),
+            DeviceSpec::Vsock(v) if !host_ports_fit(&v.host_ports) => return Err(SpecError::HostPorts),
             _ => {}
         }
         let kind = std::mem::discriminant(device);
@@ -324,6 +339,11 @@ fn check_devices(devices: &[DeviceSpec], mem_mib: u32) -> Result<(), SpecError> 
         }
     }
     Ok(())
+}
+
+fn host_ports_fit(ports: &[HostPort]) -> bool {
+    let numbers: HashSet<_> = ports.iter().map(|port| port.port).collect();
+    numbers.len() == ports.len() && ports.len() <= MAX_HOST_PORTS
 }
 
 fn hot_memory_fits(hot: HotMemorySpec, mem_mib: u32) -> bool {
@@ -405,6 +425,9 @@ pub enum SpecError {
     /// Two of a device that comes once.
     #[error("a second vsock, balloon, rng, console or memory device was asked for")]
     SecondOfItsKind,
+    /// A host port twice, or too many.
+    #[error("ports of the host: give each once, and at most {MAX_HOST_PORTS}")]
+    HostPorts,
     /// Reserved context id.
     #[error("guest context id {0}: give 3 or more")]
     GuestCid(u32),
@@ -443,6 +466,18 @@ mod tests {
             spec = spec.with_device(disk(&format!("d{n}"))).unwrap();
         }
         assert_eq!(spec.with_device(disk("last")), Err(SpecError::TooManyDevices(MAX_DEVICES + 1)));
+    }
+
+    #[test]
+    fn ports_of_the_host_are_few_and_differ() {
+        let vsock = |ports: &[u32]| {
+            let host_ports = ports.iter().map(|port| HostPort { port: *port, fd: FdSlot(2) }).collect();
+            let vsock = VsockSpec { guest_cid: 3, listener: FdSlot(1), host_ports };
+            VmSpec::new(1, 256, FdSlot(0), "").unwrap().with_device(DeviceSpec::Vsock(vsock))
+        };
+        assert!(vsock(&[1026, 1027]).is_ok());
+        assert_eq!(vsock(&[1026, 1026]), Err(SpecError::HostPorts));
+        assert_eq!(vsock(&(0..9).collect::<Vec<_>>()), Err(SpecError::HostPorts));
     }
 
     #[test]

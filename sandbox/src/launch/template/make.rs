@@ -84,6 +84,7 @@ async fn make_by(maker: &Maker, home: &Home, shape: &TemplateShape) -> Result<()
         bays: 0,
         disks,
         nets,
+        host_ports: Vec::new(),
         shares: Vec::new(),
         kernel_args: Vec::new(),
         boot_ms: DEFAULT_BOOT_MS,

@@ -24,7 +24,7 @@ pub(crate) use self::inputs::TemplateShape;
 pub(crate) use self::make::make;
 use super::VmError;
 use super::guest::{Guest, Steps};
-use super::plan::{GuestPlan, vsock_path};
+use super::plan::GuestPlan;
 use crate::{Home, SandboxError};
 
 /// The switch.
@@ -111,14 +111,6 @@ pub(crate) async fn start(
             Err(error) if mode == TemplateMode::Auto => {
                 tracing::warn!(%error, "the template cannot be used, so the machine is booted");
                 store::condemn(home, &inputs);
-                // A VMM that was killed has left its socket, which the next one binds.
-                let socket = vsock_path(&plan.run_dir);
-                match std::fs::remove_file(&socket) {
-                    Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                        tracing::warn!(path = %socket.display(), %error, "a socket stays");
-                    }
-                    _ => {}
-                }
                 steps.done("template-failed");
             }
             started => return Ok(started?),

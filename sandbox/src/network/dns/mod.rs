@@ -7,20 +7,19 @@ mod forward;
 mod message;
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::Path;
 use std::sync::Arc;
 
 use hyper_protocol::MAX_DNS_MESSAGE_BYTES;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixStream;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use self::message::{Answer, Kind, Question};
+use crate::Home;
 use crate::config::NetworkMode;
-use crate::launch::scaled_ms;
-use crate::{Home, SandboxError};
+use crate::launch::{Callers, scaled_ms};
 
 /// Most questions of one guest at a time; more wait.
 const MAX_QUESTIONS: usize = 64;
@@ -50,27 +49,20 @@ struct Resolver {
 }
 
 impl NameService {
-    /// Listens on the Unix socket `path`.
-    pub(crate) fn listen(
-        path: &Path,
-        home: &Home,
-        gateway: IpAddr,
-        upstreams: Vec<SocketAddr>,
-    ) -> Result<Self, SandboxError> {
-        let listener =
-            UnixListener::bind(path).map_err(|source| SandboxError::io("listen on", path, source))?;
+    /// Answers what comes in at `callers`.
+    pub(crate) fn start(callers: Callers, home: &Home, gateway: IpAddr, upstreams: Vec<SocketAddr>) -> Self {
         let resolver = Arc::new(Resolver { home: home.clone(), gateway, upstreams });
-        let task = tokio::spawn(async move { serve(&listener, &resolver).await });
-        Ok(Self { task })
+        Self { task: tokio::spawn(async move { serve(&callers, &resolver).await }) }
     }
 }
 
-async fn serve(listener: &UnixListener, resolver: &Arc<Resolver>) {
+/// Until no machine can call any more.
+async fn serve(callers: &Callers, resolver: &Arc<Resolver>) {
     let places = Arc::new(Semaphore::new(MAX_QUESTIONS));
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
-        match listener.accept().await {
-            Ok((stream, _)) => {
+        match callers.next().await {
+            Ok(Some(stream)) => {
                 let resolver = Arc::clone(resolver);
                 tokio::spawn(async move {
                     let _place = place;
@@ -80,8 +72,9 @@ async fn serve(listener: &UnixListener, resolver: &Arc<Resolver>) {
                     }
                 });
             }
+            Ok(None) => return,
             Err(error) => {
-                tracing::warn!(%error, "cannot accept a question");
+                tracing::warn!(%error, "cannot take a question");
                 tokio::time::sleep(std::time::Duration::from_millis(100)).await;
             }
         }
@@ -170,6 +163,7 @@ impl Resolver {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::launch::callers_testing;
     use crate::state::{NetworkState, Status};
     use crate::store::FileLock;
     use crate::store::tests::{config, home};
@@ -229,13 +223,18 @@ mod tests {
 
     #[tokio::test]
     async fn questions_are_answered_over_the_socket() {
-        let (dir, home) = home();
+        let (_dir, home) = home();
         running(&home, "db", "10.120.0.7");
-        let path = dir.path().join("dns");
+        let (callers, port) = Callers::of_port(1027).unwrap();
         let gateway = "10.120.0.1".parse().unwrap();
-        let _service = NameService::listen(&path, &home, gateway, Vec::new()).unwrap();
+        let _service = NameService::start(callers, &home, gateway, Vec::new());
+        let call = || {
+            let guest = callers_testing::call(&port);
+            guest.set_nonblocking(true).unwrap();
+            UnixStream::from_std(guest).unwrap()
+        };
         let query = message::tests::query("db", 1);
-        let mut stream = UnixStream::connect(&path).await.unwrap();
+        let mut stream = call();
         stream.write_u16(u16::try_from(query.len()).unwrap()).await.unwrap();
         stream.write_all(&query).await.unwrap();
         let len = stream.read_u16().await.unwrap();
@@ -243,7 +242,7 @@ mod tests {
         stream.read_exact(&mut answer).await.unwrap();
         assert!(answer.ends_with(&[10, 120, 0, 7]));
         assert_eq!(answer[..2], query[..2]);
-        let mut broken = UnixStream::connect(&path).await.unwrap();
+        let mut broken = call();
         broken.write_all(&[0, 3, 1, 2, 3]).await.unwrap();
         assert!(broken.read_u16().await.is_err(), "closed without an answer");
     }

@@ -24,6 +24,8 @@ const NOTHING: u32 = 0;
 #[derive(Debug, Clone, Default)]
 pub struct BayHandle {
     disk: Arc<Mutex<Option<Blk>>>,
+    /// See [`Blk::with_worker`].
+    worker_begins: Option<fn()>,
 }
 
 /// Why a disk was not put into a bay.
@@ -51,7 +53,11 @@ impl BayHandle {
         if disk.is_some() {
             return Err(BayError::Taken);
         }
-        *disk = Some(Blk::by_mode(id, file)?);
+        let blk = Blk::by_mode(id, file)?;
+        *disk = Some(match self.worker_begins {
+            Some(begin) => blk.with_worker(begin),
+            None => blk,
+        });
         Ok(())
     }
 
@@ -69,6 +75,12 @@ pub struct Bay {
 }
 
 impl Bay {
+    /// An empty bay; see [`Blk::with_worker`] for `begin`.
+    #[must_use]
+    pub fn new(begin: fn()) -> Self {
+        Self { handle: BayHandle { worker_begins: Some(begin), ..BayHandle::default() } }
+    }
+
     /// The handle for the owner.
     #[must_use]
     pub fn handle(&self) -> BayHandle {

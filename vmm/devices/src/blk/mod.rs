@@ -43,11 +43,16 @@ struct Worker {
 }
 
 impl Worker {
-    fn start(handler: BlkHandler) -> io::Result<Self> {
+    fn start(handler: BlkHandler, begin: Option<fn()>) -> io::Result<Self> {
         let stop = Arc::new(Stop::new()?);
         let epoll = handler.event_set(&stop)?;
         let asked = Arc::clone(&stop);
-        let work = move || handler.work(&epoll, &asked);
+        let work = move || {
+            if let Some(begin) = begin {
+                begin();
+            }
+            handler.work(&epoll, &asked)
+        };
         Ok(Self { stop, thread: std::thread::Builder::new().name("blk".to_owned()).spawn(work)? })
     }
 
@@ -70,6 +75,8 @@ pub struct Blk {
     paused: Option<BlkHandler>,
     /// The driver was started with another capacity.
     resized: bool,
+    /// See [`Blk::with_worker`].
+    worker_begins: Option<fn()>,
 }
 
 impl Blk {
@@ -92,7 +99,15 @@ impl Blk {
             worker: None,
             paused: None,
             resized: false,
+            worker_begins: None,
         })
+    }
+
+    /// The worker calls `begin` before it serves anything.
+    #[must_use]
+    pub fn with_worker(mut self, begin: fn()) -> Self {
+        self.worker_begins = Some(begin);
+        self
     }
 
     /// As [`Blk::new`], read-only when the descriptor is.
@@ -170,7 +185,7 @@ impl VirtioDevice for Blk {
         if std::mem::take(&mut self.resized) {
             handler.interrupt.config_changed();
         }
-        self.worker = Some(Worker::start(handler).map_err(prepare)?);
+        self.worker = Some(Worker::start(handler, self.worker_begins).map_err(prepare)?);
         Ok(Vec::new())
     }
 
@@ -183,7 +198,7 @@ impl VirtioDevice for Blk {
     fn resume(&mut self) {
         let Some(handler) = self.paused.take() else { return };
         let interrupt = Arc::clone(&handler.interrupt);
-        match Worker::start(handler) {
+        match Worker::start(handler, self.worker_begins) {
             Ok(worker) => self.worker = Some(worker),
             Err(_) => interrupt.needs_reset(),
         }

@@ -1,9 +1,10 @@
 //! virtio-vsock (virtio 1.3, 5.10) whose host side is Unix stream sockets.
 //!
 //! A host program connects to the listener, writes `CONNECT <port>\n`, reads `OK <port>\n` and then has a stream to that guest
-//! port; a connection of the guest to host port P arrives on the listener at `<path>_<P>`. While the driver is not ready, host
-//! programs wait in the listener's backlog.
+//! port. While the driver is not ready, host programs wait in the listener's backlog. For a connection of the guest a pair of sockets
+//! is made, one end of which goes through the socket that was handed over for the port: no path is looked up.
 
+mod callers;
 mod connection;
 mod handler;
 mod request;
@@ -13,15 +14,14 @@ mod tests;
 
 use std::io;
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use rustix::net::SocketAddrUnix;
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
+pub use self::callers::Callers;
 use self::handler::{Queues, VsockHandler};
 use self::table::Counters;
 use crate::device::{ActivateContext, ActivateError, Handler, VirtioDevice};
@@ -34,39 +34,20 @@ const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 #[derive(Debug)]
 pub struct Vsock {
     cid: u64,
-    path: PathBuf,
     listener: UnixListener,
+    callers: Arc<Callers>,
     counters: Arc<Counters>,
 }
 
 impl Vsock {
-    /// A device for the guest with context id `cid`, listening at `uds_path`, which must not exist yet. The socket file is
-    /// removed when the device is dropped.
+    /// A device for the guest with context id `cid`. Host programs come in at `listener`, the guest's connections go out by `callers`.
     ///
     /// # Errors
-    /// When the path with its `_<port>` suffix is too long for a Unix socket address, or the listener cannot be made.
-    pub fn new(cid: u32, uds_path: impl AsRef<Path>) -> io::Result<Self> {
-        let path = uds_path.as_ref().to_owned();
-        SocketAddrUnix::new(port_path(&path, u32::MAX))?;
-        let listener = UnixListener::bind(&path)?;
-        let device = Self { cid: cid.into(), path, listener, counters: Arc::default() };
-        device.listener.set_nonblocking(true)?;
-        Ok(device)
+    /// When the listener is none.
+    pub fn new(cid: u32, listener: UnixListener, callers: Callers) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        Ok(Self { cid: cid.into(), listener, callers: Arc::new(callers), counters: Arc::default() })
     }
-}
-
-impl Drop for Vsock {
-    fn drop(&mut self) {
-        // The directory may be gone, with all that was in it.
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
-/// Where the host listens for guest connections to `port`.
-fn port_path(path: &Path, port: u32) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(format!("_{port}"));
-    name.into()
 }
 
 impl VirtioDevice for Vsock {
@@ -95,8 +76,8 @@ impl VirtioDevice for Vsock {
         let prepare = |source| ActivateError::Io { what: "the vsock event set", source };
         let queues = Queues::take(context.queues)?;
         let listener = self.listener.try_clone().map_err(prepare)?;
-        let side =
-            table::HostSide::new(listener, self.path.clone(), Arc::clone(&self.counters)).map_err(prepare)?;
+        let callers = Arc::clone(&self.callers);
+        let side = table::HostSide::new(listener, callers, Arc::clone(&self.counters)).map_err(prepare)?;
         let handler =
             VsockHandler::new(self.cid, context.mem, context.interrupt, queues, side).map_err(prepare)?;
         Ok(vec![Box::new(handler)])

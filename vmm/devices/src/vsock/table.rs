@@ -6,19 +6,17 @@
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use super::callers::Callers;
 use super::connection::{Connection, Phase, SMALL_WINDOW_BYTES, WINDOW_BYTES};
-use super::port_path;
 use super::request::{Key, Op};
 
 /// Most connections, counting those that are being made: bounds descriptors.
@@ -81,7 +79,7 @@ pub(super) struct HostSide {
     pub(super) counters: Arc<Counters>,
     listener: UnixListener,
     listening: bool,
-    path: PathBuf,
+    callers: Arc<Callers>,
     timer: OwnedFd,
     ticking: bool,
     connections: HashMap<u64, Connection>,
@@ -99,7 +97,11 @@ impl Drop for HostSide {
 }
 
 impl HostSide {
-    pub(super) fn new(listener: UnixListener, path: PathBuf, counters: Arc<Counters>) -> io::Result<Self> {
+    pub(super) fn new(
+        listener: UnixListener,
+        callers: Arc<Callers>,
+        counters: Arc<Counters>,
+    ) -> io::Result<Self> {
         let epoll = Epoll::new()?;
         let timer = rustix::time::timerfd_create(
             TimerfdClockId::Monotonic,
@@ -110,7 +112,7 @@ impl HostSide {
             counters,
             listener,
             listening: true,
-            path,
+            callers,
             timer,
             ticking: false,
             connections: HashMap::new(),
@@ -165,12 +167,12 @@ impl HostSide {
         id
     }
 
-    /// Connects to the host's listener for a port that the guest asked for. False when there is none or no room.
+    /// Connects to a port of the host that the guest asked for. False when it is not served or there is no room.
     pub(super) fn connect(&mut self, key: Key, window: u32, forwarded: u32) -> bool {
         if self.len() >= MAX_CONNECTIONS {
             return false;
         }
-        let Ok(stream) = connect_unix(&port_path(&self.path, key.host_port)) else { return false };
+        let Ok(stream) = self.callers.call(key.host_port) else { return false };
         let mut connection = Connection::new(stream, key, Phase::Open, self.window());
         connection.set_credit(window, forwarded);
         connection.set_reply(Op::Response);
@@ -328,13 +330,4 @@ impl HostSide {
         let late = |c: &Connection| c.deadline.is_some_and(|deadline| deadline <= now);
         self.connections.iter().filter(|(_, c)| late(c)).map(|(id, _)| *id).collect()
     }
-}
-
-fn connect_unix(path: &std::path::Path) -> io::Result<UnixStream> {
-    let address = SocketAddrUnix::new(path)?;
-    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    // A Unix socket connects at once or not at all.
-    rustix::net::connect(&socket, &address)?;
-    Ok(socket.into())
 }

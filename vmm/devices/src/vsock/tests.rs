@@ -5,6 +5,7 @@ mod conversations;
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,11 +13,12 @@ use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::callers;
 use super::connection::WINDOW_BYTES;
 use super::handler::{MAX_PAYLOAD_BYTES, Queues, VsockHandler};
 use super::request::{HEADER_BYTES, Header, Key, NO_MORE, NO_SEND, Op, TYPE_STREAM};
 use super::table::{ANSWER_TIMEOUT, HostSide, MAX_CONNECTIONS};
-use super::{Vsock, port_path};
+use super::{Callers, Vsock};
 use crate::device::{GuestMem, VirtioDevice};
 use crate::mock::{CountingInterrupt, Driver, memory};
 
@@ -42,19 +44,24 @@ struct Machine<'m> {
     tx_free: Vec<u64>,
     interrupt: Arc<CountingInterrupt>,
     dir: tempfile::TempDir,
+    /// The other end of host port 52's socket.
+    service: OwnedFd,
 }
 
 impl<'m> Machine<'m> {
     fn new(mem: &'m GuestMem) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let device = Vsock::new(CID as u32, dir.path().join("v")).unwrap();
+        let listener = UnixListener::bind(dir.path().join("v")).unwrap();
+        let (service, far) = callers::tests::pair();
+        let device = Vsock::new(CID as u32, listener, Callers::new([(52, service)])).unwrap();
         let rx = Driver::new(mem, GuestAddress(0), 256);
         let tx = Driver::new(mem, GuestAddress(0x1_0000), 256);
         let (rx_queue, rx_kick) = rx.active(0, true);
         let (tx_queue, tx_kick) = tx.active(1, true);
         let interrupt = Arc::new(CountingInterrupt::default());
         let listener = device.listener.try_clone().unwrap();
-        let side = HostSide::new(listener, device.path.clone(), Arc::clone(&device.counters)).unwrap();
+        let side =
+            HostSide::new(listener, Arc::clone(&device.callers), Arc::clone(&device.counters)).unwrap();
         let queues = Queues::take(vec![rx_queue, tx_queue]).unwrap();
         let handler = VsockHandler::new(CID, Arc::clone(mem), interrupt.clone(), queues, side).unwrap();
         Self {
@@ -71,6 +78,7 @@ impl<'m> Machine<'m> {
             tx_free: (0..TX_SLOTS).map(|i| TX_BUFFERS + i * TX_BUFFER_BYTES).collect(),
             interrupt,
             dir,
+            service: far,
         }
     }
 
@@ -219,16 +227,16 @@ fn bytes_sent_right_after_the_line_are_kept() {
 }
 
 #[test]
-fn guest_connects_to_a_host_listener_or_is_refused() {
+fn guest_connects_to_a_served_port_or_is_refused() {
     let mem = memory();
     let mut vm = Machine::new(&mem);
+    vm.send(packet(Key { guest_port: 5000, host_port: 53 }, Op::Request), &[], 1);
+    assert_eq!(vm.next().0.op, Op::Reset, "nobody serves that port");
     let key = Key { guest_port: 5000, host_port: 52 };
     vm.send(packet(key, Op::Request), &[], 1);
-    assert_eq!(vm.next().0.op, Op::Reset);
-    let listener = UnixListener::bind(port_path(&vm.device.path, 52)).unwrap();
-    vm.send(packet(key, Op::Request), &[], 1);
     assert_eq!(vm.next().0.op, Op::Response);
-    let (mut host, _) = listener.accept().unwrap();
+    let mut host = callers::tests::answer(&vm.service);
+    host.set_nonblocking(false).unwrap();
     vm.send(packet(key, Op::Data), b"hello", 99);
     vm.send(Header { flags: NO_MORE, ..packet(key, Op::Shutdown) }, &[], 1);
     assert_eq!(vm.next().0.op, Op::Reset);
@@ -408,7 +416,6 @@ fn connections_are_bounded_in_both_directions() {
     vm.run();
     assert_eq!(vm.handler.connections(), MAX_CONNECTIONS);
     assert!(!vm.handler.has_events());
-    let _listener = UnixListener::bind(port_path(&vm.device.path, 52)).unwrap();
     vm.send(packet(Key { guest_port: 1, host_port: 52 }, Op::Request), &[], 1);
     assert_eq!(vm.next().0.op, Op::Reset);
     hosts.remove(0);

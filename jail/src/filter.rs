@@ -1,0 +1,198 @@
+//! Filters of system calls, from tables in which every call has its reason.
+//!
+//! A call that no table has ends the process and is told of ([`crate::exit_on_forbidden_calls`]), or answers `ENOSYS`, as the owner of the
+//! filter wants it. A [`Probe`] is a call that libraries try and do without: it gets an error and nothing is said.
+
+use std::collections::BTreeMap;
+
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    TargetArch, sock_filter,
+};
+
+use crate::JailError;
+
+/// What an argument must be. Of numbers the low 32 bits are looked at: those are all that the kernel uses of the arguments in question.
+#[derive(Debug, Clone, Copy)]
+pub enum Is {
+    /// This number.
+    Equal(u32),
+    /// Has all these bits.
+    With(u32),
+    /// Has none of these bits.
+    Without(u32),
+    /// No pointer, in all its 64 bits.
+    Null,
+    /// The id of this process.
+    OwnProcess,
+}
+
+/// An argument, counted from 0, and what it must be.
+pub type Check = (u8, Is);
+
+/// A system call that is allowed.
+#[derive(Debug, Clone, Copy)]
+pub struct Call {
+    number: i64,
+    /// One of these lists must hold; none: any arguments will do.
+    cases: &'static [&'static [Check]],
+    why: &'static str,
+}
+
+/// A call with any arguments, and what it is for.
+#[must_use]
+pub const fn call(number: i64, why: &'static str) -> Call {
+    Call { number, cases: &[], why }
+}
+
+impl Call {
+    /// Only with arguments for which all checks of one of the cases hold.
+    #[must_use]
+    pub const fn only(self, cases: &'static [&'static [Check]]) -> Self {
+        Self { cases, ..self }
+    }
+
+    /// Its number.
+    #[must_use]
+    pub fn number(&self) -> i64 {
+        self.number
+    }
+
+    /// What it is for.
+    #[must_use]
+    pub fn why(&self) -> &'static str {
+        self.why
+    }
+
+    fn rules(&self) -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
+        let condition = |(argument, is): &Check| {
+            let (operator, value) = match *is {
+                Is::Equal(value) => (SeccompCmpOp::Eq, value),
+                Is::With(bits) => (SeccompCmpOp::MaskedEq(bits.into()), bits),
+                Is::Without(bits) => (SeccompCmpOp::MaskedEq(bits.into()), 0),
+                Is::Null => (SeccompCmpOp::Eq, 0),
+                Is::OwnProcess => (SeccompCmpOp::Eq, std::process::id()),
+            };
+            let len = if matches!(is, Is::Null) { SeccompCmpArgLen::Qword } else { SeccompCmpArgLen::Dword };
+            SeccompCondition::new(*argument, len, operator, value.into())
+        };
+        let rule = |case: &&[Check]| SeccompRule::new(case.iter().map(condition).collect::<Result<_, _>>()?);
+        self.cases.iter().map(rule).collect()
+    }
+}
+
+/// A call that gets an error: its number, the error, and who tries it.
+pub type Probe = (i64, i32, &'static str);
+
+/// What happens on a call that is not in the tables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Otherwise {
+    /// The process ends, see [`crate::exit_on_forbidden_calls`].
+    End,
+    /// It answers `ENOSYS`.
+    Missing,
+}
+
+/// A filter that is ready to be applied.
+#[derive(Clone)]
+pub struct Filter(BpfProgram);
+
+impl std::fmt::Debug for Filter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Filter").field("instructions", &self.0.len()).finish()
+    }
+}
+
+impl Filter {
+    /// Of the calls of all tables.
+    ///
+    /// # Errors
+    /// When there are too many, or this processor is unknown.
+    pub fn new(tables: &[&[Call]], probes: &[Probe], otherwise: Otherwise) -> Result<Self, JailError> {
+        let mut rules = BTreeMap::new();
+        for call in tables.iter().copied().flatten() {
+            rules.insert(call.number, call.rules()?);
+        }
+        let missing = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
+        let otherwise = if otherwise == Otherwise::End { SeccompAction::Trap } else { missing };
+        let arch = TargetArch::try_from(std::env::consts::ARCH)?;
+        let allowed: BpfProgram =
+            SeccompFilter::new(rules, otherwise, SeccompAction::Allow, arch)?.try_into()?;
+        let mut program = refusals(probes);
+        program.extend(allowed);
+        Ok(Self(program))
+    }
+
+    /// Binds this thread, and those that it makes from now on, for good. Filters that are there already stay: a call must pass all.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn apply(&self) -> Result<(), JailError> {
+        Ok(seccompiler::apply_filter(&self.0)?)
+    }
+}
+
+/// Instructions that answer probes with their errors and let all others pass on. They stand before the rest, which has one answer only.
+fn refusals(probes: &[Probe]) -> BpfProgram {
+    const LOAD_NUMBER: u16 = 0x20;
+    const JUMP_IF_EQUAL: u16 = 0x15;
+    const RETURN: u16 = 0x06;
+    let mut program = vec![sock_filter { code: LOAD_NUMBER, jt: 0, jf: 0, k: 0 }];
+    for (number, error, _) in probes {
+        let number = u32::try_from(*number).unwrap_or(u32::MAX);
+        program.push(sock_filter { code: JUMP_IF_EQUAL, jt: 0, jf: 1, k: number });
+        let answer = u32::from(SeccompAction::Errno(error.unsigned_abs()));
+        program.push(sock_filter { code: RETURN, jt: 0, jf: 0, k: answer });
+    }
+    program
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs in a thread of its own, which the filter ends with.
+    fn filtered<T: Send + 'static>(calls: &[Call], probes: &[Probe], f: fn() -> T) -> T {
+        const THREADS: &[Call] = &[
+            call(libc::SYS_futex, "joining"),
+            call(libc::SYS_exit, "ending"),
+            call(libc::SYS_sigaltstack, "ending"),
+            call(libc::SYS_munmap, "ending"),
+            call(libc::SYS_madvise, "ending"),
+            call(libc::SYS_mmap, "allocating"),
+            call(libc::SYS_mprotect, "allocating"),
+            call(libc::SYS_brk, "allocating"),
+            call(libc::SYS_rt_sigprocmask, "ending"),
+        ];
+        let filter = Filter::new(&[THREADS, calls], probes, Otherwise::Missing).unwrap();
+        std::thread::spawn(move || {
+            filter.apply().unwrap();
+            f()
+        })
+        .join()
+        .unwrap()
+    }
+
+    #[test]
+    fn what_is_not_in_the_table_is_missing_and_probes_get_their_error() {
+        let found = filtered(&[], &[(libc::SYS_socket, libc::EACCES, "a test")], || {
+            let pair = std::os::unix::net::UnixStream::pair();
+            let socket = std::net::UdpSocket::bind("127.0.0.1:0");
+            (pair.unwrap_err().raw_os_error(), socket.unwrap_err().raw_os_error())
+        });
+        assert_eq!(found, (Some(libc::ENOSYS), Some(libc::EACCES)));
+    }
+
+    #[test]
+    fn arguments_decide() {
+        const UNIX: &[Call] = &[call(libc::SYS_socketpair, "a test").only(&[
+            &[(0, Is::Equal(libc::AF_INET as u32))],
+            &[(0, Is::Equal(libc::AF_UNIX as u32)), (1, Is::With(1)), (1, Is::Without(2))],
+        ])];
+        let found = filtered(UNIX, &[], || {
+            let stream = std::os::unix::net::UnixStream::pair().is_ok();
+            (stream, std::os::unix::net::UnixDatagram::pair().unwrap_err().raw_os_error())
+        });
+        assert_eq!(found, (true, Some(libc::ENOSYS)));
+    }
+}

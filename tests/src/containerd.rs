@@ -81,6 +81,11 @@ impl Containerd {
         Self::prepare(Release::Two, "moby", "", "")
     }
 
+    /// Starts one for nerdctl.
+    pub(crate) fn start_for_nerdctl(release: Release) -> Self {
+        Self::prepare(release, "default", "", "")
+    }
+
     /// Starts one for pods, whose network is that of CNI's bridge plugin.
     #[must_use]
     pub fn start_for_pods(release: Release) -> Self {

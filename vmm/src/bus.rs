@@ -145,7 +145,7 @@ mod tests {
     #[test]
     fn windows_are_found_by_address() {
         let events = EventThread::new().unwrap();
-        let mem = crate::memory::create(32, &[(0, 32 << 20)]).unwrap();
+        let mem = crate::memory::create_private(32, &[(0, 32 << 20)]).unwrap();
         let transport = MmioTransport::new(
             Box::new(Rng::new(HostEntropy)),
             mem,

@@ -157,7 +157,7 @@ mod tests {
 
     fn hot(start: u64, bytes: u64) -> (HotMemory, Arc<Notes>, hyper_vmm_devices::device::GuestMem) {
         let mib = u32::try_from(bytes / MIB).unwrap();
-        let mem = crate::memory::create(32 + mib, &[(0, 32 * MIB), (start, bytes)]).unwrap();
+        let mem = crate::memory::create_shared(32 + mib, &[(0, 32 * MIB), (start, bytes)]).unwrap();
         let notes = Arc::new(Notes::default());
         let lender = Arc::clone(&notes) as Arc<dyn Lend>;
         (HotMemory::new(lender, MemfdPages(Arc::clone(&mem)), start, bytes), notes, mem)

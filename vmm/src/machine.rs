@@ -206,7 +206,9 @@ pub(crate) fn start(
     // What is added later begins above all that is there at boot.
     let memory_end = hot.map_or(u64::MAX, |(start, _)| start);
     let origin = Origin::new(snapshot, &mut fds)?;
-    let mem = origin.memory(spec.mem_mib() + spec.hot_mem_mib(), &ranges)?;
+    // A file server maps it too, and added memory is given back through its file.
+    let shared = hot.is_some() || spec.devices().iter().any(|device| matches!(device, DeviceSpec::Share(_)));
+    let mem = origin.memory(spec.mem_mib() + spec.hot_mem_mib(), &ranges, shared)?;
     let (beginning, kvm) = std::thread::scope(|scope| {
         // KVM_CREATE_VM waits for the host's kernel (grace periods: 10 ms and more); the kernel is loaded meanwhile.
         let kvm = scope.spawn(|| kvm?.create_machine(Arc::clone(&mem), memory_end, spec.max_vcpus()));
@@ -225,7 +227,7 @@ pub(crate) fn start(
     let mut builder = DeviceBuilder {
         fds,
         mem: Arc::clone(&mem),
-        private: snapshot.is_some(),
+        private: snapshot.is_some() || !shared,
         kvm: Arc::clone(&kvm),
         life: Arc::clone(life),
         hot,
@@ -270,9 +272,10 @@ impl Origin {
         Ok(Self::Snapshot { state, memory })
     }
 
-    fn memory(&self, mem_mib: u32, ranges: &[(u64, u64)]) -> Result<GuestMem, BuildError> {
+    fn memory(&self, mem_mib: u32, ranges: &[(u64, u64)], shared: bool) -> Result<GuestMem, BuildError> {
         match self {
-            Self::Kernel => Ok(memory::create(mem_mib, ranges)?),
+            Self::Kernel if shared => Ok(memory::create_shared(mem_mib, ranges)?),
+            Self::Kernel => Ok(memory::create_private(mem_mib, ranges)?),
             Self::Snapshot { memory, .. } => {
                 let memory = memory.try_clone().map_err(io_error("use the saved memory"))?;
                 Ok(memory::map_private(mem_mib, ranges, memory)?)

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
+use crate::command;
 use crate::lab;
 use crate::{fixtures, product, setup};
 
@@ -11,6 +12,9 @@ use crate::{fixtures, product, setup};
 const LIMIT: u64 = 3600;
 /// Memory of the lab machine: product, image and containers lie in it.
 const MEMORY: &str = "10G";
+
+/// Programs of others that are copied into that memory when this machine has them; runc it always has.
+const CONTENDERS: [&str; 4] = ["runc", "crun", "firecracker", "cloud-hypervisor"];
 
 /// How to measure.
 #[derive(clap::Args)]
@@ -40,11 +44,16 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         "set -e; mkdir -p /run/bench; mount -t tmpfs -o size=80% none /run/bench; cp -rL '{prefix}/.' /run/bench/; \
          export PATH=/run/bench/programs:$PATH:/usr/sbin:/sbin TMPDIR=/run/bench HYPER_ROOT=/run/bench/state HYPER_RUN=/run/bench/run \
          HYPER_TIMEOUT_SCALE=10 HYPER_BENCH_CLOCK={clock}; mkdir /run/bench/programs; \
-         for name in runc crun; do cp $(command -v $name) /run/bench/programs/ 2>/dev/null || true; done; \
+         cp {contenders} /run/bench/programs/; \
          /run/bench/bin/hyper load -q -i '{fixtures}/archives/busybox.tar' >/dev/null; \
          /run/bench/bin/hyper bench --json /lab/bench.json --html /lab/bench.html {flags}",
         prefix = product.prefix.display(),
         fixtures = fixtures.display(),
+        contenders = CONTENDERS
+            .iter()
+            .filter_map(|name| Some(command::find(name)?.display().to_string()))
+            .collect::<Vec<_>>()
+            .join(" "),
         flags = options.flags.join(" "),
     );
     let share = match &options.out {

@@ -48,6 +48,8 @@ pub(crate) struct Tally {
     pub(crate) on_trial: usize,
     /// Cases that were left out because their programs could not be built here.
     pub(crate) without_peers: usize,
+    /// Cases that were left out because the programs that they drive are not on the path.
+    pub(crate) not_on_path: usize,
 }
 
 /// Cases that have not been seen to pass yet: they do not decide, and the count says how many they are.
@@ -108,8 +110,17 @@ pub(crate) fn run(options: &Options, inputs: &Inputs<'_>) -> Result<Tally> {
         }
     }
     let without_peers = chosen - names.len();
+    let chosen = names.len();
+    for other in &peers::ON_PATH {
+        let needs = |name: &String| name.split("::").next() == Some(other.group);
+        match command::find(other.program) {
+            Some(program) => peers.push((other.variable, program)),
+            None => names.retain(|name| !needs(name)),
+        }
+    }
+    let not_on_path = chosen - names.len();
     if names.is_empty() {
-        return Ok(Tally { on_trial, without_peers, ..Tally::default() });
+        return Ok(Tally { on_trial, without_peers, not_on_path, ..Tally::default() });
     }
     let groups = group(&names);
     crate::say(format!("test: {} lab cases in {} groups", names.len(), groups.len()));
@@ -127,7 +138,7 @@ pub(crate) fn run(options: &Options, inputs: &Inputs<'_>) -> Result<Tally> {
                 })
             })
             .collect();
-        let mut tally = Tally { on_trial, without_peers, ..Tally::default() };
+        let mut tally = Tally { on_trial, without_peers, not_on_path, ..Tally::default() };
         for worker in workers {
             let part = worker.join().map_err(|_| anyhow::anyhow!("a lane of cases broke"))??;
             tally.passed += part.passed;

@@ -1,5 +1,6 @@
 //! Running other programs, with errors that name the whole command line.
 
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
@@ -39,12 +40,18 @@ pub(crate) fn text(command: &mut Command) -> Result<String> {
     String::from_utf8(output(command)?).with_context(|| format!("reading the output of {}", shown(command)))
 }
 
-/// Whether a program of that name is on the path (or in the folders for root's programs).
-pub(crate) fn exists(program: &str) -> bool {
+/// Where a program of that name is on the path (or in the folders for root's programs).
+pub(crate) fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var("PATH").unwrap_or_default();
     path.split(':')
         .chain(["/usr/local/sbin", "/usr/sbin", "/sbin"])
-        .any(|dir| std::path::Path::new(dir).join(program).is_file())
+        .map(|dir| Path::new(dir).join(program))
+        .find(|path| path.is_file())
+}
+
+/// Whether there is one.
+pub(crate) fn exists(program: &str) -> bool {
+    find(program).is_some()
 }
 
 fn shown(command: &Command) -> String {

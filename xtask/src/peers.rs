@@ -25,7 +25,15 @@ pub(crate) const MODULES: [Module; 2] = [
         name: "peers",
         what: "containerd 2, a Docker engine and a CRI client",
         variable: "HYPER_TEST_PEERS",
-        groups: &["containerd2", "docker", "kubernetes", "kubernetes_faults", "kubernetes_many"],
+        groups: &[
+            "containerd2",
+            "crictl",
+            "docker",
+            "kubernetes",
+            "kubernetes_faults",
+            "kubernetes_many",
+            "nerdctl",
+        ],
         source: "cri/main.go",
         packages: &["./cri", "tool"],
     },
@@ -37,6 +45,19 @@ pub(crate) const MODULES: [Module; 2] = [
         source: "main.go",
         packages: &["."],
     },
+];
+
+/// A program of others that neither Debian nor a registry of packages has: its cases run where it is on the path.
+pub(crate) struct OnPath {
+    pub(crate) program: &'static str,
+    /// The variable that tells the cases where it is.
+    pub(crate) variable: &'static str,
+    pub(crate) group: &'static str,
+}
+
+pub(crate) const ON_PATH: [OnPath; 2] = [
+    OnPath { program: "crictl", variable: "HYPER_TEST_CRICTL", group: "crictl" },
+    OnPath { program: "nerdctl", variable: "HYPER_TEST_NERDCTL", group: "nerdctl" },
 ];
 
 impl Module {

@@ -59,7 +59,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let passed = units.passed + cases.passed;
     let failed = units.failed + cases.failed + failed_steps.len();
     crate::say(format!(
-        "{} unit tests, {} lab cases run, {} lab cases failed, {} on trial and not run (cargo xtask test --lab-only --trial){}{}",
+        "{} unit tests, {} lab cases run, {} lab cases failed, {} on trial and not run (cargo xtask test --lab-only --trial){}{}{}",
         units.passed + units.failed,
         cases.passed + cases.failed,
         cases.failed,
@@ -67,6 +67,10 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         match cases.without_peers {
             0 => String::new(),
             count => format!(", {count} not run for want of go or its modules"),
+        },
+        match cases.not_on_path {
+            0 => String::new(),
+            count => format!(", {count} not run for want of crictl or nerdctl on the path"),
         },
         if failed_steps.is_empty() {
             String::new()

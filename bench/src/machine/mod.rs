@@ -1,8 +1,11 @@
 //! The bare start of a machine: the same kernel, initramfs, memory and devices under each VMM.
 //!
 //! Both ends of the measurement are the same too: the guest's first process and its agent each write one byte to an I/O port, which
-//! hyper-vmm knows as its lifecycle device and QEMU is given as a debug console.
+//! hyper-vmm knows as its lifecycle device and QEMU and Cloud Hypervisor are given as a debug console. Firecracker has none: see there.
 
+mod cloud_hypervisor;
+mod firecracker;
+mod marks;
 mod qemu;
 mod vmm;
 
@@ -15,7 +18,7 @@ use crate::{Options, program};
 
 /// Guest memory, MiB.
 const MEM_MIB: u32 = 128;
-/// Kernel arguments of both, as the product gives them; `reboot=` is each machine's own.
+/// Kernel arguments, as the product gives them; `reboot=` is each machine's own.
 const CMDLINE: &str = "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check random.trust_cpu=on";
 
 /// Steps of a start, microseconds after the fork; what a contender does not tell is absent.
@@ -48,6 +51,15 @@ struct Parts {
     initramfs: PathBuf,
 }
 
+/// Name, program and start of a VMM of others.
+type Peer = (&'static str, &'static str, fn(&Parts) -> Result<Start>);
+
+const PEERS: [Peer; 3] = [
+    ("QEMU microvm", qemu::PROGRAM, qemu::start),
+    ("Firecracker", firecracker::PROGRAM, firecracker::start),
+    ("Cloud Hypervisor", cloud_hypervisor::PROGRAM, cloud_hypervisor::start),
+];
+
 /// Starts a machine under each VMM in turn, as often as is wanted.
 pub(crate) fn measure(prefix: &Path, options: &Options, report: &mut Report) -> Result<()> {
     let parts = Parts {
@@ -55,11 +67,11 @@ pub(crate) fn measure(prefix: &Path, options: &Options, report: &mut Report) -> 
         kernel: prefix.join("share/hyper/vmlinux"),
         initramfs: prefix.join("share/hyper/initramfs.cpio"),
     };
-    let has_qemu = program::on_path("qemu-system-x86_64").is_some();
+    let peers: Vec<_> = PEERS.into_iter().filter(|(_, name, _)| program::on_path(name).is_some()).collect();
     for round in 0..options.runs + options.warm_up {
         let mut starts = vec![("hyper-vmm", vmm::start(&parts).context("starting hyper-vmm")?)];
-        if has_qemu {
-            starts.push(("QEMU microvm", qemu::start(&parts).context("starting QEMU")?));
+        for (contender, program, start) in &peers {
+            starts.push((contender, start(&parts).with_context(|| format!("starting {program}"))?));
         }
         if round < options.warm_up {
             continue;

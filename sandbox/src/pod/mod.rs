@@ -255,7 +255,8 @@ impl Sandbox {
         let known = held(&self.containers).get(id).cloned();
         match known {
             Some(Some(container)) => Ok(container),
-            Some(None) => Err(PodError::State(format!("container {id} is being made"))),
+            // As runc's shim says it: those who ask early ask again when it is not found, and give up for any other reason.
+            Some(None) => Err(PodError::NotFound(format!("container {id}, which is still being made"))),
             None => Err(PodError::NotFound(format!("container {id}"))),
         }
     }

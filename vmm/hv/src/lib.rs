@@ -15,6 +15,7 @@ mod entry;
 mod error;
 mod kick;
 mod machine;
+pub mod memory;
 mod probe;
 mod state;
 mod vcpu;

@@ -153,7 +153,7 @@ mod tests {
     const MEM_BYTES: u64 = 32 << 20;
 
     fn memory() -> GuestMem {
-        crate::memory::create(32, &[(0, MEM_BYTES)]).unwrap()
+        crate::memory::create_private(32, &[(0, MEM_BYTES)]).unwrap()
     }
 
     fn file(bytes: &[u8]) -> File {

@@ -1,5 +1,6 @@
 //! A VMM that is in the guest's hands gets nowhere.
 
+use std::io;
 use std::net::TcpListener;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
@@ -16,12 +17,12 @@ struct Host {
 const PATH: &str = "/run/hyper-stand-in.sock";
 
 impl Host {
-    fn listen() -> Self {
-        let name = SocketAddr::from_abstract_name("hyper-stand-in").unwrap();
-        Self {
-            _networks: ["127.0.0.1:47113", "[::1]:47113"].map(|address| TcpListener::bind(address).unwrap()),
-            _sockets: [UnixListener::bind_addr(&name).unwrap(), UnixListener::bind(PATH).unwrap()],
-        }
+    fn listen() -> io::Result<Self> {
+        let name = SocketAddr::from_abstract_name("hyper-stand-in")?;
+        Ok(Self {
+            _networks: [TcpListener::bind("127.0.0.1:47113")?, TcpListener::bind("[::1]:47113")?],
+            _sockets: [UnixListener::bind_addr(&name)?, UnixListener::bind(PATH)?],
+        })
     }
 }
 
@@ -36,16 +37,15 @@ fn stand_in() -> String {
 }
 
 /// The line that counts the attempts of a variant, as `(tried, refused, ended, got out, left to the filter)`.
-fn count(log: &str, variant: &str) -> [u32; 5] {
-    let line = log.lines().find(|line| line.starts_with(variant) && line.contains(" got out"));
-    let line = line.unwrap_or_else(|| panic!("no count of {variant} in:\n{log}"));
+fn count(log: &str, variant: &str) -> Option<[u32; 5]> {
+    let line = log.lines().find(|line| line.starts_with(variant) && line.contains(" got out"))?;
     let numbers: Vec<u32> = line.split([' ', ';']).filter_map(|word| word.parse().ok()).collect();
-    numbers.try_into().unwrap()
+    numbers.try_into().ok()
 }
 
 #[test]
 fn a_vmm_in_the_guests_hands_gets_nowhere() {
-    let _host = Host::listen();
+    let _host = Host::listen().unwrap();
     let scratch = Scratch::new();
     let prefix = given("HYPER_TEST_PREFIX");
     let parts = scratch.path().display();
@@ -64,13 +64,13 @@ fn a_vmm_in_the_guests_hands_gets_nowhere() {
     assert!(escapes.is_empty(), "{escapes:#?}");
     assert!(!log.contains(" 0 writable files"), "no disk was handed over");
 
-    let [tried, refused, ended, out, left] = count(&log, "bare");
+    let [tried, refused, ended, out, left] = count(&log, "bare").unwrap();
     assert!(tried >= 110 && refused == tried && ended == 0 && out == 0, "{log}");
     note(&format!(
         "jail without filters: {tried} attempts, all refused; {left} more are left to the filters"
     ));
     for thread in ["events", "vcpu", "disk"] {
-        let [all, refused, ended, out, none] = count(&log, thread);
+        let [all, refused, ended, out, none] = count(&log, thread).unwrap();
         assert!(all == tried + left && refused + ended == all && out == 0 && none == 0, "{log}");
         assert!(ended > refused, "{thread}: the filter ends most of them: {log}");
         note(&format!(
@@ -81,7 +81,7 @@ fn a_vmm_in_the_guests_hands_gets_nowhere() {
 
 #[test]
 fn what_is_refused_inside_works_outside() {
-    let _host = Host::listen();
+    let _host = Host::listen().unwrap();
     let done = host(&format!("exec {} outside", stand_in())).within(300).done();
     let text = done.error();
     assert!(!text.contains("DOES NOT WORK"), "{text}");
@@ -94,8 +94,8 @@ fn what_is_refused_inside_works_outside() {
 /// What `doctor --jail` says of a container, and whether it is content.
 fn doctor(container: &Container) -> (bool, Vec<serde_json::Value>) {
     let done = hyper("doctor --format json --jail").arg(&container.id).done();
-    let rows: Vec<serde_json::Value> =
-        done.text().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let text = done.text();
+    let rows: Vec<_> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
     assert!(rows.len() > 10 || !done.code_is(0), "{done:?}");
     (done.code_is(0), rows)
 }

@@ -109,17 +109,15 @@ impl Filter {
     /// # Errors
     /// When there are too many, or this processor is unknown.
     pub fn new(tables: &[&[Call]], probes: &[Probe], otherwise: Otherwise) -> Result<Self, JailError> {
-        let mut rules = BTreeMap::new();
-        for call in tables.iter().copied().flatten() {
-            rules.insert(call.number, call.rules()?);
-        }
-        let missing = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
-        let otherwise = if otherwise == Otherwise::End { SeccompAction::Trap } else { missing };
-        let arch = TargetArch::try_from(std::env::consts::ARCH)?;
-        let allowed: BpfProgram =
-            SeccompFilter::new(rules, otherwise, SeccompAction::Allow, arch)?.try_into()?;
-        let mut program = refusals(probes);
-        program.extend(allowed);
+        let calls: BTreeMap<i64, Call> =
+            tables.iter().copied().flatten().map(|call| (call.number, *call)).collect();
+        let (checked, free): (Vec<Call>, Vec<Call>) =
+            calls.into_values().partition(|call| !call.cases.is_empty());
+        let mut program = architecture(otherwise)?;
+        program.extend(refusals(probes));
+        let free: Vec<u32> = free.iter().filter_map(|call| u32::try_from(call.number).ok()).collect();
+        program.extend(allow_any_arguments(&free));
+        program.extend(allow(&checked, otherwise)?);
         Ok(Self(program))
     }
 
@@ -132,17 +130,71 @@ impl Filter {
     }
 }
 
+/// Calls that are compared one after the other. Linux runs a new filter once for every number that there is, to remember which need not be
+/// asked about, and translates it. Short chains of short steps halve that: 0.9 million instructions for the event thread's filter, not 1.7.
+const CALLS_AT_ONCE: usize = 8;
+
+const LOAD: u16 = 0x20;
+/// Offset of the number in what a filter sees of a call.
+const NUMBER: u32 = 0;
+const JUMP: u16 = 0x05;
+const JUMP_IF_EQUAL: u16 = 0x15;
+const JUMP_IF_GREATER: u16 = 0x25;
+const RETURN: u16 = 0x06;
+
+fn instruction(code: u16, jt: usize, jf: u8, k: u32) -> sock_filter {
+    sock_filter { code, jt: u8::try_from(jt).unwrap_or(u8::MAX), jf, k }
+}
+
+/// Ends a process that calls by another architecture's numbers, and lets all others pass on.
+fn architecture(otherwise: Otherwise) -> Result<BpfProgram, seccompiler::BackendError> {
+    // The compiler's own: a program for no calls is this and one answer for all.
+    let mut program = allow(&[], otherwise)?;
+    program.pop();
+    Ok(program)
+}
+
+/// Allows some calls, in order of their numbers, and lets all others pass on.
+fn allow_any_arguments(numbers: &[u32]) -> BpfProgram {
+    let mut parts: Vec<BpfProgram> = Vec::new();
+    for part in numbers.chunks(CALLS_AT_ONCE) {
+        let Some(last) = part.last() else { continue };
+        // Above the last of them: beyond this part, which ends with a jump and the answer.
+        let mut program = vec![instruction(JUMP_IF_GREATER, part.len() + 2, 0, *last)];
+        for (index, number) in part.iter().enumerate() {
+            program.push(instruction(JUMP_IF_EQUAL, part.len() - index, 0, *number));
+        }
+        parts.push(program);
+    }
+    let mut after = 0;
+    for program in parts.iter_mut().rev() {
+        // In between: beyond all parts.
+        program.push(instruction(JUMP, 0, 0, after + 1));
+        program.push(instruction(RETURN, 0, 0, u32::from(SeccompAction::Allow)));
+        after += u32::try_from(program.len()).unwrap_or(0);
+    }
+    parts.concat()
+}
+
+/// A whole program for some calls; for all others it does `otherwise`.
+fn allow(calls: &[Call], otherwise: Otherwise) -> Result<BpfProgram, seccompiler::BackendError> {
+    let mut rules = BTreeMap::new();
+    for call in calls {
+        rules.insert(call.number, call.rules()?);
+    }
+    let missing = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
+    let otherwise = if otherwise == Otherwise::End { SeccompAction::Trap } else { missing };
+    let arch = TargetArch::try_from(std::env::consts::ARCH)?;
+    SeccompFilter::new(rules, otherwise, SeccompAction::Allow, arch)?.try_into()
+}
+
 /// Instructions that answer probes with their errors and let all others pass on. They stand before the rest, which has one answer only.
 fn refusals(probes: &[Probe]) -> BpfProgram {
-    const LOAD_NUMBER: u16 = 0x20;
-    const JUMP_IF_EQUAL: u16 = 0x15;
-    const RETURN: u16 = 0x06;
-    let mut program = vec![sock_filter { code: LOAD_NUMBER, jt: 0, jf: 0, k: 0 }];
+    let mut program = vec![instruction(LOAD, 0, 0, NUMBER)];
     for (number, error, _) in probes {
         let number = u32::try_from(*number).unwrap_or(u32::MAX);
-        program.push(sock_filter { code: JUMP_IF_EQUAL, jt: 0, jf: 1, k: number });
-        let answer = u32::from(SeccompAction::Errno(error.unsigned_abs()));
-        program.push(sock_filter { code: RETURN, jt: 0, jf: 0, k: answer });
+        program.push(instruction(JUMP_IF_EQUAL, 0, 1, number));
+        program.push(instruction(RETURN, 0, 0, SeccompAction::Errno(error.unsigned_abs()).into()));
     }
     program
 }
@@ -181,6 +233,45 @@ mod tests {
             (pair.unwrap_err().raw_os_error(), socket.unwrap_err().raw_os_error())
         });
         assert_eq!(found, (Some(libc::ENOSYS), Some(libc::EACCES)));
+    }
+
+    const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
+    const AUDIT_ARCH_I386: u32 = 0x4000_0003;
+
+    /// What a filter of calls without conditions answers.
+    fn answer(program: &[sock_filter], arch: u32, number: u32) -> u32 {
+        let (mut at, mut loaded) = (0, 0);
+        loop {
+            let step = &program[at];
+            at += 1;
+            match step.code {
+                LOAD if step.k == NUMBER => loaded = number,
+                LOAD => loaded = arch,
+                JUMP => at += step.k as usize,
+                JUMP_IF_EQUAL => at += usize::from(if loaded == step.k { step.jt } else { step.jf }),
+                JUMP_IF_GREATER => at += usize::from(if loaded > step.k { step.jt } else { step.jf }),
+                RETURN => return step.k,
+                other => panic!("instruction {other:#x}"),
+            }
+        }
+    }
+
+    #[test]
+    fn parts_of_a_program_answer_as_one() {
+        let mut calls: Vec<_> = (0..40).map(|n| call(n * n, "a test")).collect();
+        calls.reverse();
+        let filter = Filter::new(&[&calls], &[(7, libc::EACCES, "a test")], Otherwise::End).unwrap();
+        for number in 0..2000_u32 {
+            let allowed = calls.iter().any(|call| call.number == i64::from(number));
+            let wanted = match number {
+                7 => SeccompAction::Errno(libc::EACCES.unsigned_abs()),
+                _ if allowed => SeccompAction::Allow,
+                _ => SeccompAction::Trap,
+            };
+            assert_eq!(answer(&filter.0, AUDIT_ARCH_X86_64, number), u32::from(wanted), "{number}");
+            let other = answer(&filter.0, AUDIT_ARCH_I386, number);
+            assert_eq!(other, u32::from(SeccompAction::KillProcess), "{number} by another architecture");
+        }
     }
 
     #[test]

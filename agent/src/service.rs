@@ -132,9 +132,11 @@ impl AgentService {
         let plan = request::create_plan(request, spec, &cgroup)?;
         self.sandbox.mount_shares(request::shares(&plan)).await?;
         self.sandbox.mount_memory(request::shared_memory(&plan)).await?;
+        let sockets = self.sandbox.sockets.stand_in(&plan)?;
         let connections = Connections::claim(&self.sandbox.streams, ids).await?;
         let surroundings = (cgroup, shared_pids.as_deref(), shared_ipc.as_deref());
-        let container = Container::create(&id, &self.sandbox.reaper, plan, connections, surroundings).await?;
+        let container =
+            Container::create(&id, &self.sandbox.reaper, plan, connections, sockets, surroundings).await?;
         // Only now: until here its first process has opened disks, which the program to come must not.
         container.cgroup().allow_devices(&devices)?;
         container.watch_memory(&self.sandbox.events);

@@ -8,9 +8,9 @@ use hyper_protocol::rpc::agent::{
     ArchiveRequest, ArchiveResponse, ConfigureNetworkRequest, ConfigureRequest, ConfigureResponse,
     ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateContainerResponse, CreateProcessRequest,
     CreateProcessResponse, Empty, ExitStatus, ListProcessesResponse, NextEventsRequest, NextEventsResponse,
-    PathStat, ProcessRef, ResizeTerminalRequest, SandboxEvent, SetProcessorsRequest, SignalProcessRequest,
-    StartProcessResponse, StatPathRequest, StatsResponse, UnpackImageRequest, UnpackImageResponse,
-    UpdateContainerRequest, sandbox_event,
+    PathStat, ProcessRef, ResizeTerminalRequest, SandboxEvent, SetClockRequest, SetProcessorsRequest,
+    SignalProcessRequest, StartProcessResponse, StatPathRequest, StatsResponse, UnpackImageRequest,
+    UnpackImageResponse, UpdateContainerRequest, sandbox_event,
 };
 use hyper_protocol::rpc::agent_ttrpc::Agent;
 use ttrpc::r#async::TtrpcContext;
@@ -253,6 +253,10 @@ fn done(result: Result<(), AgentError>) -> ttrpc::Result<Empty> {
 impl Agent for AgentService {
     async fn configure(&self, _: &TtrpcContext, r: ConfigureRequest) -> ttrpc::Result<ConfigureResponse> {
         Ok(self.set_up(r).await?)
+    }
+
+    async fn set_clock(&self, _: &TtrpcContext, r: SetClockRequest) -> ttrpc::Result<Empty> {
+        done(sandbox::set_clock(r.time_unix_ns))
     }
 
     async fn configure_network(&self, _: &TtrpcContext, r: ConfigureNetworkRequest) -> ttrpc::Result<Empty> {

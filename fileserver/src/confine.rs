@@ -13,7 +13,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
-use hyper_jail::{CapabilitySet, JailError, UnshareFlags, limits, privileges, root};
+use hyper_jail::{JailError, UnshareFlags, limits, privileges, root};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
 use rustix::mount::OpenTreeFlags;
 use rustix::process::{Resource, Rlimit};
@@ -30,16 +30,6 @@ const RESERVED_FILES: u64 = 64;
 const MIN_OPEN_FILES: u64 = 1024;
 /// What every share is mounted with: neither devices nor programs of the shares work for this process.
 const HARMLESS: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
-/// What acting for the guest's users takes. Not among them: `DAC_READ_SEARCH`, which opens files by handle around any mount.
-const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
-    .union(CapabilitySet::DAC_OVERRIDE)
-    .union(CapabilitySet::FOWNER)
-    .union(CapabilitySet::FSETID)
-    .union(CapabilitySet::SETGID)
-    .union(CapabilitySet::SETUID)
-    .union(CapabilitySet::MKNOD)
-    .union(CapabilitySet::SETFCAP);
-
 /// What could not be done.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConfineError {
@@ -98,7 +88,7 @@ pub(crate) fn enter(spec: &FileServerSpec) -> Result<View, ConfineError> {
     change_root(spec, trees)?;
     rustix::thread::set_thread_groups(&[]).map_err(io::Error::from).map_err(step("leave all groups"))?;
     limits::set(Resource::Core, 0)?;
-    privileges::keep_capabilities(CAPABILITIES)?;
+    privileges::keep_capabilities(privileges::FILE_SERVER)?;
     privileges::no_new_privileges()?;
     privileges::no_dumps()?;
     rustix::process::umask(Mode::empty());

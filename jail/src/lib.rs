@@ -7,12 +7,13 @@
 //! ```
 //!
 //! [`vmm`] is the jail of hyper-vmm, in its order. hyper-fs has its own order, because shares are mounted into its root, and takes the
-//! layers from here: [`root`], [`privileges`], [`limits`], [`filter`].
+//! layers from here: [`root`], [`privileges`], [`limits`], [`filter`]. What is there in the end, [`report`] reads from outside.
 
 pub mod filter;
 pub mod ids;
 pub mod limits;
 pub mod privileges;
+pub mod report;
 pub mod root;
 pub mod spawn;
 mod sys;

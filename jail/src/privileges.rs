@@ -10,6 +10,17 @@ use crate::{JailError, step};
 /// Capability numbers that a bounding set can hold.
 const CAPABILITY_NUMBERS: u32 = 64;
 
+/// What hyper-fs keeps: acting for the guest's users takes it. Not among them: `DAC_READ_SEARCH`, which opens files by handle around any
+/// mount.
+pub const FILE_SERVER: CapabilitySet = CapabilitySet::CHOWN
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::FSETID)
+    .union(CapabilitySet::SETGID)
+    .union(CapabilitySet::SETUID)
+    .union(CapabilitySet::MKNOD)
+    .union(CapabilitySet::SETFCAP);
+
 /// Gives up all capabilities but `kept`, and the chance of having others.
 ///
 /// # Errors

@@ -11,6 +11,7 @@ mod docker;
 mod faults;
 mod growth;
 mod images;
+mod jail;
 mod kubernetes;
 mod kubernetes_faults;
 mod kubernetes_many;

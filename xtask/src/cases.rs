@@ -61,6 +61,8 @@ pub(crate) struct Inputs<'a> {
     pub(crate) fixtures: &'a Path,
     /// A guest's initramfs that turns against its agent.
     pub(crate) sabotaged: &'a Path,
+    /// A program that tries to get out of the VMM's jail.
+    pub(crate) stand_in: &'a Path,
 }
 
 /// Names in the list; a line is a name, or begins with `#`.
@@ -265,13 +267,14 @@ impl Bench<'_> {
 
     /// One process per case, its output in a file, one line per result.
     fn job(&self, names: &[String], logs: &Path, machine_is_ours: bool) -> String {
-        let Inputs { product, fixtures, sabotaged } = self.inputs;
+        let Inputs { product, fixtures, sabotaged, stand_in } = self.inputs;
         let hyper = product.hyper();
         let mut job = format!(
-            "export HYPER_TEST_PREFIX='{}' HYPER_TEST_FIXTURES='{}' HYPER_TEST_SABOTAGED='{}'\n",
+            "export HYPER_TEST_PREFIX='{}' HYPER_TEST_FIXTURES='{}' HYPER_TEST_SABOTAGED='{}' HYPER_TEST_STAND_IN='{}'\n",
             product.prefix.display(),
             fixtures.display(),
             sabotaged.display(),
+            stand_in.display(),
         );
         for (variable, folder) in self.peers {
             job.push_str(&format!("export {variable}='{}'\n", folder.display()));

@@ -25,6 +25,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("hyper-bench", &["hyper-vmm-spec"]),
     ("hyper-lab-init", &[]),
     ("hyper-saboteur", &[]),
+    ("hyper-stand-in", &["hyper-jail"]),
     ("xtask", &[]),
 ];
 

@@ -71,6 +71,12 @@ pub(crate) fn sabotaged_initramfs() -> Result<PathBuf> {
     rootfs::sabotaged(&static_program("hyper-agent")?, &static_program("hyper-saboteur")?)
 }
 
+/// A program that stands in for hyper-vmm and tries to get out of its jail: for the cases alone, nothing that is shipped.
+pub(crate) fn stand_in() -> Result<PathBuf> {
+    command::run(cargo()?.args(["build", "--release", "--package", "hyper-stand-in"]))?;
+    Ok(cache::target_dir()?.join("release/hyper-stand-in"))
+}
+
 /// Builds a program of the guest.
 fn static_program(package: &str) -> Result<PathBuf> {
     let arguments = ["build", "--release", "--package", package, "--target", STATIC_TARGET];

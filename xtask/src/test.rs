@@ -52,7 +52,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let product = if options.prebuilt { product::installed()? } else { product::build()? };
     let fixtures = fixtures::make()?;
     let sabotaged = product::sabotaged_initramfs()?;
-    let inputs = cases::Inputs { product: &product, fixtures: &fixtures, sabotaged: &sabotaged };
+    let stand_in = product::stand_in()?;
+    let inputs =
+        cases::Inputs { product: &product, fixtures: &fixtures, sabotaged: &sabotaged, stand_in: &stand_in };
     let cases = cases::run(options, &inputs)?;
     let passed = units.passed + cases.passed;
     let failed = units.failed + cases.failed + failed_steps.len();

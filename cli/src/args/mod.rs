@@ -184,4 +184,10 @@ pub(crate) struct DoctorArgs {
     /// Print nothing; the exit code tells.
     #[arg(long, short)]
     pub(crate) quiet: bool,
+    /// What is left to the processes that serve this container's machine, and whether it is what is promised
+    #[arg(long, value_name = "CONTAINER")]
+    pub(crate) jail: Option<String>,
+    /// With --jail: `json`, `table`, `table TEMPLATE`, or a Go template such as `{{.Layer}}`
+    #[arg(long, short = 'f', requires = "jail")]
+    pub(crate) format: Option<String>,
 }

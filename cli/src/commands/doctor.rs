@@ -54,6 +54,9 @@ impl Finding {
 /// # Errors
 /// Only when the program cannot find itself.
 pub(crate) async fn doctor(args: &DoctorArgs) -> Result<i32, CliError> {
+    if let Some(container) = &args.jail {
+        return super::jail::jail(container, args);
+    }
     let parts = Parts::locate()?;
     let mut findings = vec![kvm(&parts).await];
     findings.extend(programs(&parts));

@@ -8,6 +8,7 @@ mod exec;
 mod image;
 mod inspect;
 mod install;
+mod jail;
 mod lifecycle;
 mod list;
 mod logs;

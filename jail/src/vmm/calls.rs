@@ -88,7 +88,7 @@ pub const VCPU: &[Call] = &[
     ]),
     call(libc::SYS_clone, "workers of devices that the guest starts; vCPUs that come later")
         .only(&[&[(0, Is::With(THREAD)), (0, Is::Without(STRANGE))]]),
-    call(libc::SYS_poll, "room in the console's pipe"),
+    call(libc::SYS_ppoll, "room in the console's pipe"),
     call(libc::SYS_eventfd2, "devices that the guest starts"),
     call(libc::SYS_epoll_create1, "devices that the guest starts"),
     call(libc::SYS_epoll_ctl, "devices that the guest starts"),

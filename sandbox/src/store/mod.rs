@@ -8,6 +8,7 @@ mod archive;
 mod ask;
 mod container;
 mod home;
+mod jailed;
 mod lock;
 mod names;
 mod record;
@@ -19,6 +20,7 @@ mod volume;
 pub use archive::{ArchiveInOptions, ArchiveReader, PathStat};
 pub use container::{Container, ExecConfig, RemoveOptions, WaitCondition};
 pub use home::Home;
+pub use jailed::Jailed;
 pub use stats::{ContainerStats, NetworkCounters, Process};
 pub use volume::Volume;
 

@@ -14,6 +14,7 @@ use crate::events::{Event, Events};
 use crate::plan::{CreatePlan, ExecPlan, Plan, ProcessPlan};
 use crate::process::Process;
 use crate::reaper::Reaper;
+use crate::sockets::HostSocket;
 use crate::spawn::Spawned;
 use crate::stdio::Connections;
 
@@ -37,6 +38,8 @@ pub(crate) struct Container {
     template: Template,
     paused: AtomicBool,
     processes: Mutex<Processes>,
+    /// What listens for it in place of the host's sockets.
+    _sockets: Vec<HostSocket>,
 }
 
 /// What is inherited by processes that are added.
@@ -66,6 +69,7 @@ impl Container {
         reaper: &Reaper,
         mut plan: CreatePlan,
         connections: Connections,
+        sockets: Vec<HostSocket>,
         (cgroup, pid_namespace, ipc_namespace): (Cgroup, Option<&Self>, Option<&Self>),
     ) -> Result<Arc<Self>, AgentError> {
         let template = Template {
@@ -100,6 +104,7 @@ impl Container {
             template,
             paused: AtomicBool::new(false),
             processes: Mutex::new(processes),
+            _sockets: sockets,
         }))
     }
 

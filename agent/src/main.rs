@@ -29,6 +29,7 @@ mod request;
 mod sandbox;
 mod seccomp;
 mod service;
+mod sockets;
 mod spawn;
 mod spec;
 mod stdio;

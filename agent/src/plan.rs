@@ -168,6 +168,8 @@ pub(crate) enum VolumeSource {
     Tmpfs { size_bytes: u64, mode: u32, noexec: bool },
     /// Memory that containers have in common, by its name.
     Shared { name: String, size_bytes: u64 },
+    /// A listener that stands for a socket of the host, by the number that both sides know it by.
+    Socket { id: u64, mode: u32, uid: u32, gid: u32 },
 }
 
 /// A file to put into the container.

@@ -2,7 +2,8 @@
 
 use hyper_protocol::MAX_INJECTED_FILE_BYTES;
 use hyper_protocol::rpc::agent::{
-    CreateContainerRequest, CreateProcessRequest, InjectedFile, Mount, ShareSource, Stdio, mount,
+    CreateContainerRequest, CreateProcessRequest, InjectedFile, Mount, ShareSource, SocketSource, Stdio,
+    mount,
 };
 
 use crate::cgroup::{Cgroup, device};
@@ -137,7 +138,7 @@ pub(crate) fn create_plan(
 pub(crate) fn shares(plan: &CreatePlan) -> Vec<(String, String)> {
     let volumes = plan.volumes.iter().filter_map(|volume| match &volume.source {
         VolumeSource::Share { tag, path } => Some((tag.clone(), path.clone())),
-        VolumeSource::Tmpfs { .. } | VolumeSource::Shared { .. } => None,
+        VolumeSource::Tmpfs { .. } | VolumeSource::Shared { .. } | VolumeSource::Socket { .. } => None,
     });
     plan.root_share.iter().cloned().chain(volumes).collect()
 }
@@ -146,7 +147,7 @@ pub(crate) fn shares(plan: &CreatePlan) -> Vec<(String, String)> {
 pub(crate) fn shared_memory(plan: &CreatePlan) -> Vec<(String, u64)> {
     let shared = plan.volumes.iter().filter_map(|volume| match &volume.source {
         VolumeSource::Shared { name, size_bytes } => Some((name.clone(), *size_bytes)),
-        VolumeSource::Share { .. } | VolumeSource::Tmpfs { .. } => None,
+        VolumeSource::Share { .. } | VolumeSource::Tmpfs { .. } | VolumeSource::Socket { .. } => None,
     });
     shared.collect()
 }
@@ -181,6 +182,9 @@ fn volume(mount: Mount) -> Result<Volume, AgentError> {
                 return Err(AgentError::invalid(format!("name {:?} of shared memory", memory.name)));
             }
             VolumeSource::Shared { name: memory.name, size_bytes: memory.size_bytes }
+        }
+        Some(mount::Source::Socket(SocketSource { id, mode, uid, gid, .. })) => {
+            VolumeSource::Socket { id, mode, uid, gid }
         }
         Some(_) | None => {
             return Err(AgentError::invalid(format!("mount at {} has no source", mount.destination)));

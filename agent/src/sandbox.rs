@@ -16,6 +16,7 @@ use crate::events::Events;
 use crate::net::loopback::Loopback;
 use crate::plan::{ArchivePlan, Plan, Report};
 use crate::reaper::Reaper;
+use crate::sockets::HostSockets;
 use crate::spawn::Spawned;
 use crate::stdio::ChildStdio;
 use crate::streams::Streams;
@@ -35,6 +36,7 @@ pub(crate) struct Sandbox {
     pub streams: Arc<Streams>,
     pub events: Arc<Events>,
     pub loopback: Loopback,
+    pub sockets: HostSockets,
     containers: Mutex<BTreeMap<String, Slot>>,
     configured: AtomicBool,
     prepared: AtomicBool,

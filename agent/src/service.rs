@@ -8,9 +8,9 @@ use hyper_protocol::rpc::agent::{
     ArchiveRequest, ArchiveResponse, ConfigureNetworkRequest, ConfigureRequest, ConfigureResponse,
     ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateContainerResponse, CreateProcessRequest,
     CreateProcessResponse, Empty, ExitStatus, ListProcessesResponse, NextEventsRequest, NextEventsResponse,
-    PathStat, ProcessRef, ResizeTerminalRequest, SandboxEvent, SetProcessorsRequest, SignalProcessRequest,
-    StartProcessResponse, StatPathRequest, StatsResponse, UnpackImageRequest, UnpackImageResponse,
-    UpdateContainerRequest, sandbox_event,
+    PathStat, ProcessRef, ResizeTerminalRequest, SandboxEvent, SetClockRequest, SetProcessorsRequest,
+    SignalProcessRequest, StartProcessResponse, StatPathRequest, StatsResponse, UnpackImageRequest,
+    UnpackImageResponse, UpdateContainerRequest, sandbox_event,
 };
 use hyper_protocol::rpc::agent_ttrpc::Agent;
 use ttrpc::r#async::TtrpcContext;
@@ -132,9 +132,11 @@ impl AgentService {
         let plan = request::create_plan(request, spec, &cgroup)?;
         self.sandbox.mount_shares(request::shares(&plan)).await?;
         self.sandbox.mount_memory(request::shared_memory(&plan)).await?;
+        let sockets = self.sandbox.sockets.stand_in(&plan)?;
         let connections = Connections::claim(&self.sandbox.streams, ids).await?;
         let surroundings = (cgroup, shared_pids.as_deref(), shared_ipc.as_deref());
-        let container = Container::create(&id, &self.sandbox.reaper, plan, connections, surroundings).await?;
+        let container =
+            Container::create(&id, &self.sandbox.reaper, plan, connections, sockets, surroundings).await?;
         // Only now: until here its first process has opened disks, which the program to come must not.
         container.cgroup().allow_devices(&devices)?;
         container.watch_memory(&self.sandbox.events);
@@ -251,6 +253,10 @@ fn done(result: Result<(), AgentError>) -> ttrpc::Result<Empty> {
 impl Agent for AgentService {
     async fn configure(&self, _: &TtrpcContext, r: ConfigureRequest) -> ttrpc::Result<ConfigureResponse> {
         Ok(self.set_up(r).await?)
+    }
+
+    async fn set_clock(&self, _: &TtrpcContext, r: SetClockRequest) -> ttrpc::Result<Empty> {
+        done(sandbox::set_clock(r.time_unix_ns))
     }
 
     async fn configure_network(&self, _: &TtrpcContext, r: ConfigureNetworkRequest) -> ttrpc::Result<Empty> {

@@ -32,6 +32,8 @@ pub const STREAM_PORT: u32 = 1025;
 pub const DOORBELL_PORT: u32 = 1026;
 /// Host port of the name service: one connection a query.
 pub const DNS_PORT: u32 = 1027;
+/// Host port of Unix sockets of the host that containers are given: one connection a client, which begins with the socket's id.
+pub const SOCKET_PORT: u32 = 1028;
 
 /// Largest OCI specification, bytes.
 pub const MAX_OCI_SPEC_BYTES: usize = 1 << 20;

@@ -22,6 +22,7 @@ mod logs;
 mod network;
 mod oci;
 pub mod pod;
+mod sockets;
 mod state;
 mod storage;
 mod store;

@@ -1,7 +1,7 @@
 //! Pods through the Container Runtime Interface, as a kubelet asks for them, with containerd 1.6 and 2.
 #![expect(clippy::indexing_slicing, clippy::unwrap_used, reason = "a panic is how a case fails")]
 
-use hyper_tests::{Containerd, HANDLER, Pod, PodSpec, Release, SANDBOX_HANDLER, host, wait_for};
+use hyper_tests::{Containerd, HANDLER, Pod, PodSpec, Release, SANDBOX_HANDLER, answers_on, host, wait_for};
 use serde_json::json;
 
 fn pod_goes_through_its_life(release: Release, handler: &str) {
@@ -102,6 +102,37 @@ fn ports_are_forwarded_to_the_pods_loopback() {
     assert!(text.starts_with("root:"), "{text}");
     forward.signal("INT");
     forward.done().code(0);
+    pod.remove();
+    containerd.leaves_nothing();
+}
+
+#[test]
+fn sockets_of_the_host_are_reached() {
+    let containerd = Containerd::start_for_pods(Release::Two);
+    let (socket, tools) = (containerd.scratch().join("api.sock"), containerd.scratch().join("tools"));
+    answers_on(&socket, "from the host");
+    // The image has no program for such sockets.
+    host(&format!("mkdir {tools}; cp /usr/bin/curl $(ldd /usr/bin/curl | grep -o '/[^ ]*') {tools}")).ok();
+    let mounts = json!({ "mounts": [
+        { "containerPath": "/run/api.sock", "hostPath": socket },
+        { "containerPath": "/tools", "hostPath": tools, "readonly": true },
+    ] });
+    let pod = Pod::run(&containerd, HANDLER, &PodSpec::new("socket"));
+    let one = pod.start("one", "sleep 1000", &mounts);
+    let curl = "/tools/ld-linux-x86-64.so.2 --library-path /tools /tools/curl -s --max-time 30";
+    let ask = format!("{curl} --unix-socket /run/api.sock http://localhost/");
+    pod.exec(&one, &ask).ok().says("from the host");
+    // Many at a time, and one after the other.
+    pod.exec(&one, &format!("for n in $(seq 20); do {ask} & done; wait"))
+        .ok()
+        .says(&"from the host".repeat(20));
+    pod.exec(&one, "stat -c %F /run/api.sock").ok().says("socket");
+    // Another container of the pod has no such thing unless it is given it.
+    let other = pod.start("other", "sleep 1000", &json!({}));
+    pod.exec(&other, "test -e /run/api.sock").fails(1);
+    // What the name leads to later is not what the container was given.
+    host(&format!("rm {socket}; ln -s {} {socket}", containerd.scratch().join("sock"))).ok();
+    pod.exec(&one, &ask).ok().says("from the host");
     pod.remove();
     containerd.leaves_nothing();
 }

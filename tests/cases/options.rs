@@ -1,6 +1,6 @@
 //! Flags of `hyper run` that change what the container sees.
 
-use hyper_tests::{Scratch, hyper, image};
+use hyper_tests::{Scratch, answers_on, hyper, image};
 
 #[test]
 fn environment_from_flags_and_files() {
@@ -82,6 +82,27 @@ fn single_file_is_shared() {
     let file = scratch.file("one", "one file");
     let volume = format!("{file}:/etc/one");
     hyper("run --rm -v").args(&[&volume, &image("busybox"), "cat", "/etc/one"]).ok().says("one file");
+}
+
+#[test]
+fn sockets_of_the_host_are_reached() {
+    let scratch = Scratch::new();
+    let socket = scratch.join("api.sock");
+    answers_on(&socket, "from the host");
+    let script = "import socket\n\
+        for _ in range(3):\n s = socket.socket(socket.AF_UNIX); s.connect('/run/api.sock'); s.send(b'GET / HTTP/1.0\\r\\n\\r\\n')\n \
+        print(s.makefile().read().split('\\n')[-1])";
+    let volume = format!("{socket}:/run/api.sock");
+    let run = || hyper("run --rm -v").args(&[&volume, &image("python"), "python3", "-c", script]);
+    run().ok().says("from the host\nfrom the host\nfrom the host");
+    // As root, whose own socket it is, and as somebody who may not write to it.
+    hyper("run --rm -u 77 -v")
+        .args(&[&volume, &image("python"), "python3", "-c", script])
+        .fails(1)
+        .error()
+        .contains("PermissionError")
+        .then_some(())
+        .unwrap();
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! A program run to its end under a deadline, and assertions on what came of it.
 #![expect(clippy::panic, reason = "assertions of the cases; a panic is how a case fails")]
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
@@ -128,6 +128,38 @@ impl Run {
         let feeder = std::thread::spawn(move || drop(stdin.map(|mut stdin| stdin.write_all(&bytes))));
         drop(feeder);
         Running { line, child, stdout, stderr, start, deadline: self.deadline }
+    }
+
+    /// Runs it, and holds a conversation with it: `talk` is given a function that says a line and hears the one that answers.
+    ///
+    /// # Panics
+    /// When the program cannot be started, or does not answer within the deadline.
+    pub fn talking(mut self, talk: impl FnOnce(&mut dyn FnMut(&str) -> String)) {
+        let (line, deadline) = (line(&self.command), self.deadline);
+        let mut child = match self.command.stderr(Stdio::null()).spawn() {
+            Ok(child) => child,
+            Err(error) => panic!("cannot start {line}: {error}"),
+        };
+        let (Some(mut stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
+            panic!("{line} has no pipes")
+        };
+        let (sender, answers) = mpsc::channel();
+        std::thread::spawn(move || {
+            for answer in BufReader::new(stdout).lines().map_while(Result::ok) {
+                if sender.send(answer).is_err() {
+                    return;
+                }
+            }
+        });
+        talk(&mut |words| {
+            let said = writeln!(stdin, "{words}");
+            match said.ok().and_then(|()| answers.recv_timeout(deadline).ok()) {
+                Some(answer) => answer,
+                None => panic!("no answer to {words:?} from {line}"),
+            }
+        });
+        drop(stdin);
+        drop(child.wait());
     }
 
     /// Runs it to its end.

@@ -143,6 +143,13 @@ impl Volumes {
                     .tried(|| format!("open shared memory {name}"))?;
                 self.bind(root, volume, &source).map_err(|error| at_destination(error, destination))
             }
+            VolumeSource::Socket { id, .. } => {
+                let path = format!("{}/{id}", rootfs::SOCKET_DIR);
+                let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let source = rustix::fs::open(path.as_str(), flags, Mode::empty())
+                    .tried(|| format!("open the listener of socket {id}"))?;
+                self.bind(root, volume, &source).map_err(|error| at_destination(error, destination))
+            }
             VolumeSource::Tmpfs { size_bytes, mode, noexec } => {
                 let size = if *size_bytes == 0 { "50%".to_owned() } else { size_bytes.to_string() };
                 let mode = if *mode == 0 { 0o1777 } else { mode & 0o7777 };

@@ -26,8 +26,11 @@ pub(crate) const SHARE_DIR: &str = "/run/hyper/share";
 pub(crate) const FILES_DIR: &str = "/run/hyper/files";
 /// Memory that containers have in common.
 pub(crate) const MEMORY_DIR: &str = "/run/hyper/memory";
+/// Where sockets of the host have their listeners.
+pub(crate) const SOCKET_DIR: &str = "/run/hyper/socket";
 /// All of them.
-pub(crate) const DIRS: [&str; 6] = [IMAGE_DIR, DISK_DIR, ROOT_DIR, SHARE_DIR, FILES_DIR, MEMORY_DIR];
+pub(crate) const DIRS: [&str; 7] =
+    [IMAGE_DIR, DISK_DIR, ROOT_DIR, SHARE_DIR, FILES_DIR, MEMORY_DIR, SOCKET_DIR];
 
 /// Mounts the root at [`ROOT_DIR`]. Returns its descriptor.
 ///

@@ -5,10 +5,10 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hyper_protocol::DOORBELL_PORT;
-use hyper_protocol::rpc::agent::{ConfigureRequest, ConfigureResponse, Empty};
+use hyper_protocol::rpc::agent::{ConfigureRequest, ConfigureResponse, Empty, SetClockRequest};
 use hyper_vmm_spec::FdSlot;
 use hyper_vmm_spec::control::{Reply, Request, SnapshotFds, Timeline};
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -38,6 +38,10 @@ const END_MS: u64 = 2_000;
 const ECHO_MS: u64 = 200;
 /// Bytes of entropy that a guest is given.
 const ENTROPY_BYTES: usize = 64;
+/// How far a guest's clock may be behind: the guest gets the time between question and answer, so it is off by less than both took.
+const CLOCK_ERROR: Duration = Duration::from_millis(40);
+/// How often the clock is set when the host is too busy for that.
+const CLOCK_TRIES: usize = 5;
 
 /// Takes down how long each step of a start takes; each is logged.
 #[derive(Debug)]
@@ -224,9 +228,30 @@ impl Guest {
     ) -> Result<ConfigureResponse, VmError> {
         request.entropy = vec![0; ENTROPY_BYTES];
         crate::store::random(&mut request.entropy);
+        let sent = Instant::now();
         request.time_unix_ns = crate::clock::Timestamp::now().unix_ns();
         let configure = self.agent.rpc.configure(agent::call(), &request);
-        self.until_end(configure).await?.map_err(agent::rpc_error("Configure"))
+        let configured = self.until_end(configure).await?.map_err(agent::rpc_error("Configure"))?;
+        if sent.elapsed() > CLOCK_ERROR {
+            self.set_clock().await?;
+        }
+        Ok(configured)
+    }
+
+    /// Sets the guest's clock until it cannot be off by more than [`CLOCK_ERROR`], or as often as makes sense.
+    async fn set_clock(&self) -> Result<(), VmError> {
+        for _ in 0..CLOCK_TRIES {
+            let sent = Instant::now();
+            let time_unix_ns = crate::clock::Timestamp::now().unix_ns();
+            let request = SetClockRequest { time_unix_ns, ..SetClockRequest::default() };
+            let set = self.agent.rpc.set_clock(agent::call(), &request);
+            self.until_end(set).await?.map_err(agent::rpc_error("SetClock"))?;
+            if sent.elapsed() <= CLOCK_ERROR {
+                return Ok(());
+            }
+        }
+        tracing::warn!("the guest's clock may be off by more than {} ms", CLOCK_ERROR.as_millis());
+        Ok(())
     }
 
     /// Ends a machine whose disks are about to be removed: what it has not written yet is of no use. Only shares outlive it.

@@ -27,9 +27,9 @@ use std::time::Duration;
 use hyper_vmm_spec::SpecError;
 
 pub(crate) use agent::{Agent, Stream, call, context, rpc_error};
-pub(crate) use callers::Callers;
 #[cfg(test)]
 pub(crate) use callers::testing as callers_testing;
+pub(crate) use callers::{Callers, HostPortPlan};
 pub(crate) use control::VmEnd;
 pub(crate) use guest::{Guest, Steps};
 pub(crate) use levers::Levers;

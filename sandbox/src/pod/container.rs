@@ -24,6 +24,7 @@ use super::process::{Inner, Phase, Process, ProcessExit, ProcessStatus, Surround
 use super::translate::{self, Translated, Volume};
 use super::{PodError, PodEvent, Sandbox, held};
 use crate::launch::{call, context, scaled_ms};
+use crate::sockets::Offer;
 
 /// How long making a container may take: the agent may copy what an image has at a volume's place.
 const CREATE_MS: u64 = 60_000;
@@ -74,6 +75,8 @@ pub(super) struct PodContainer {
     _mounts: Vec<Arc<LiveMount>>,
     /// Its disks, let go of with it.
     _disks: Vec<BayDisk>,
+    /// Sockets of the host that it may connect to.
+    _offers: Vec<Offer>,
 }
 
 impl PodContainer {
@@ -159,7 +162,7 @@ impl Sandbox {
             disks.push(disk);
         }
         request.disks = disks.iter().map(BayDisk::attached).collect();
-        self.add_volumes(&translated, &mut request, &mut mounts)?;
+        let offers = self.add_volumes(&translated, &mut request, &mut mounts)?;
         if let Some(other) = translated.pid_namespace_of.filter(|other| *other != wish.id)
             && held(&self.containers).contains_key(&other)
         {
@@ -202,6 +205,7 @@ impl Sandbox {
             hooks: translated.hooks,
             _mounts: mounts,
             _disks: disks,
+            _offers: offers,
         });
         // The first one is the pod's sandbox, whose host name its containers have.
         if pod_hostname.is_empty() {
@@ -219,7 +223,8 @@ impl Sandbox {
         translated: &Translated,
         request: &mut CreateContainerRequest,
         mounts: &mut Vec<Arc<LiveMount>>,
-    ) -> Result<(), PodError> {
+    ) -> Result<Vec<Offer>, PodError> {
+        let mut offers = Vec::new();
         for volume in &translated.volumes {
             let (source, destination, read_only) = match volume {
                 Volume::Memory { source, destination, read_only } => {
@@ -231,10 +236,21 @@ impl Sandbox {
                     (mount::Source::SharedMemory(shared), destination, *read_only)
                 }
                 Volume::Bind { source, destination, read_only } => {
-                    let bound = self.live.bind(source, *read_only)?;
-                    let share = mount::Source::Share(bound.source());
-                    mounts.push(bound);
-                    (share, destination, *read_only)
+                    let fail = |error| PodError::io("share", source, error);
+                    let source = match self.sockets.offer(source).map_err(fail)? {
+                        Some(offer) => {
+                            let socket = offer.source();
+                            offers.push(offer);
+                            mount::Source::Socket(socket)
+                        }
+                        None => {
+                            let bound = self.live.bind(source, *read_only)?;
+                            let share = bound.source();
+                            mounts.push(bound);
+                            mount::Source::Share(share)
+                        }
+                    };
+                    (source, destination, *read_only)
                 }
             };
             request.mounts.push(Mount {
@@ -244,7 +260,7 @@ impl Sandbox {
                 ..Default::default()
             });
         }
-        Ok(())
+        Ok(offers)
     }
 
     /// Adds a process, to be started later. `process` is an OCI process object, JSON.

@@ -15,6 +15,7 @@ use super::netns::PodNetwork;
 use super::{PodError, SandboxSpec, until_ended};
 use crate::dirs::{Dirs, Parts};
 use crate::launch::{Agent, DEFAULT_BOOT_MS, Guest, GuestPlan, MemorySizing, Steps, VmError, scaled_ms};
+use crate::sockets::HostSockets;
 
 /// How long an orderly end may take before the caller no longer waits; the machine is ended by force soon after.
 const STOP_MS: u64 = 30_000;
@@ -42,6 +43,7 @@ pub(super) struct Started {
     pub(super) network: PodNetwork,
     pub(super) growth: Growth,
     pub(super) bays: Bays,
+    pub(super) sockets: HostSockets,
 }
 
 impl Machine {
@@ -58,6 +60,8 @@ impl Machine {
         let vm_mem_mib = sizing.vm_mem_mib(spec.mem_mib, spec.vcpus);
         let base = Room { vcpus: spec.vcpus, mem_mib: spec.mem_mib };
         let growth = growth::plan(base, vm_mem_mib);
+        let (sockets, socket_port) =
+            HostSockets::serve().map_err(|source| PodError::io("make a socket in", &spec.run_dir, source))?;
         let plan = GuestPlan {
             run_dir: spec.run_dir.clone(),
             log_dir: spec.run_dir.clone(),
@@ -67,7 +71,7 @@ impl Machine {
             bays: MAX_BAYS,
             disks: Vec::new(),
             nets,
-            host_ports: Vec::new(),
+            host_ports: vec![socket_port],
             shares: vec![live.plan()],
             kernel_args: spec.kernel_args.clone(),
             template: None,
@@ -98,7 +102,7 @@ impl Machine {
         let stop = Arc::new(Stop::default());
         let machine = Self { pid: guest.pid(), stop: Arc::clone(&stop), ended };
         tokio::spawn(watch_over(guest, cgroup, stop, tell));
-        Ok(Started { machine, agent, live, network, growth, bays })
+        Ok(Started { machine, agent, live, network, growth, bays, sockets })
     }
 
     pub(super) fn pid(&self) -> u32 {

@@ -57,6 +57,7 @@ use self::netns::{HostNetwork, PodNetwork};
 use crate::clock::Timestamp;
 use crate::dirs::Parts;
 use crate::launch::{Agent, context, scaled_ms};
+use crate::sockets::HostSockets;
 
 pub use self::container::{BundleConfig, ContainerStatus};
 pub use self::error::PodError;
@@ -161,6 +162,7 @@ pub struct Sandbox {
     growth: Arc<Growth>,
     bays: Arc<Bays>,
     live: LiveShare,
+    sockets: HostSockets,
     host: Arc<HostNetwork>,
     network: tokio::sync::Mutex<PodNetwork>,
     containers: Mutex<BTreeMap<String, Option<Arc<PodContainer>>>>,
@@ -188,7 +190,7 @@ impl Sandbox {
     /// # Errors
     /// A part that is missing, a namespace that cannot be entered, or a machine that does not come up; nothing is left then.
     pub async fn start(spec: SandboxSpec, parts: &Parts, events: EventSink) -> Result<Arc<Self>, PodError> {
-        let Started { machine, agent, live, mut network, growth, bays } =
+        let Started { machine, agent, live, mut network, growth, bays, sockets } =
             Machine::start(&spec, parts).await?;
         let forwarding = network.loopback.take().and_then(|loopback| {
             loopback
@@ -202,6 +204,7 @@ impl Sandbox {
             growth: Arc::new(growth),
             bays: Arc::new(bays),
             live,
+            sockets,
             host: Arc::clone(&network.host),
             network: tokio::sync::Mutex::new(network),
             containers: Mutex::new(BTreeMap::new()),

@@ -2,10 +2,12 @@
 
 use std::fs;
 use std::net::IpAddr;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
 
 use hyper_protocol::rpc::agent::{
-    ConfigureRequest, CreateContainerRequest, Interface, Mount, Rootfs, Route, ShareSource, Stdio,
-    TmpfsSource, mount,
+    ConfigureRequest, CreateContainerRequest, Interface, Mount, Rootfs, Route, ShareSource, SocketSource,
+    Stdio, TmpfsSource, mount,
 };
 use hyper_protocol::{DNS_PORT, MAX_INJECTED_FILE_BYTES, MAX_OCI_SPEC_BYTES, SHARE_TAG};
 use protobuf::MessageField;
@@ -14,12 +16,14 @@ use super::run::Streams;
 use super::shared::Shared;
 use crate::config::{ConfigError, ContainerConfig, MountConfig, NetworkMode};
 use crate::launch::{
-    self, DEFAULT_BOOT_MS, DiskPlan, Guest, GuestPlan, MemorySizing, NetPlan, SharePlan, Steps, rpc_error,
+    self, DEFAULT_BOOT_MS, DiskPlan, Guest, GuestPlan, HostPortPlan, MemorySizing, NetPlan, SharePlan, Steps,
+    rpc_error,
 };
 use crate::network::dns::NameService;
 use crate::network::publish::Listeners;
 use crate::network::resolv::{HostResolver, upstreams};
 use crate::network::{Link, MTU, NetworkSettings};
+use crate::sockets::{HostSockets, Offer};
 use crate::stream::TerminalSize;
 use crate::{Container, Home, SandboxError, StartError, oci, storage};
 
@@ -40,6 +44,37 @@ pub(super) struct Machine {
     pub(super) names: Option<NameService>,
     mounts: Vec<Mount>,
     host: HostResolver,
+    _sockets: Sockets,
+}
+
+/// Sockets of the host that the container is given, if any.
+#[derive(Debug, Default)]
+struct Sockets {
+    served: Option<HostSockets>,
+    /// For the VMM.
+    port: Option<HostPortPlan>,
+    offers: Vec<Offer>,
+}
+
+impl Sockets {
+    /// What the agent is told of a socket; `None` when the path leads to something else.
+    fn offer(&mut self, path: &Path) -> std::io::Result<Option<SocketSource>> {
+        if !fs::metadata(path)?.file_type().is_socket() {
+            return Ok(None);
+        }
+        let served = match &mut self.served {
+            Some(served) => served,
+            none => {
+                let (served, port) = HostSockets::serve()?;
+                self.port = Some(port);
+                none.insert(served)
+            }
+        };
+        let offer = served.offer(path)?;
+        let source = offer.as_ref().map(Offer::source);
+        self.offers.extend(offer);
+        Ok(source)
+    }
 }
 
 /// Starts the machine of a container.
@@ -55,9 +90,11 @@ pub(super) async fn machine(
     let image = storage::open_image(&config.image.disk)?;
     let rw = storage::open_rw(home, id, config.rw_size_bytes).await?;
     steps.done("storage");
-    let (shares, mounts) = mounts(home, config)?;
+    let mut sockets = Sockets::default();
+    let (shares, mounts) = mounts(home, config, &mut sockets)?;
     let host = HostResolver::of_host();
-    let (mut link, mut names, mut net, mut host_ports) = (None, None, None, Vec::new());
+    let (mut link, mut names, mut net, mut host_ports) =
+        (None, None, None, sockets.port.take().into_iter().collect::<Vec<_>>());
     if config.network == NetworkMode::Bridge {
         let settings = NetworkSettings::from_env()?;
         let mut connected = settings.connect(id, last_address(container)).await?;
@@ -104,11 +141,11 @@ pub(super) async fn machine(
         link.ready().await?;
         steps.done("firewall");
     }
-    Ok(Machine { guest, listeners, link, names, mounts, host })
+    Ok(Machine { guest, listeners, link, names, mounts, host, _sockets: sockets })
 }
 
 /// Sockets of an earlier run of this supervisor.
-fn remove_sockets(run_dir: &std::path::Path) -> Result<(), SandboxError> {
+fn remove_sockets(run_dir: &Path) -> Result<(), SandboxError> {
     let entries = fs::read_dir(run_dir).map_err(|source| SandboxError::io("read", run_dir, source))?;
     for entry in entries.flatten() {
         if entry.file_name().to_string_lossy().starts_with("vsock") {
@@ -145,7 +182,11 @@ fn configure(config: &ContainerConfig, id: &str, link: Option<&Link>) -> Configu
 }
 
 /// What the file server shares, and where the agent mounts it; memory mounts among them, in the user's order.
-fn mounts(home: &Home, config: &ContainerConfig) -> Result<(Vec<SharePlan>, Vec<Mount>), SandboxError> {
+fn mounts(
+    home: &Home,
+    config: &ContainerConfig,
+    sockets: &mut Sockets,
+) -> Result<(Vec<SharePlan>, Vec<Mount>), SandboxError> {
     let (mut shares, mut mounts) = (Vec::new(), Vec::new());
     for wish in &config.mounts {
         let mut mount = Mount { destination: wish.target().to_owned(), ..Default::default() };
@@ -167,6 +208,14 @@ fn mounts(home: &Home, config: &ContainerConfig) -> Result<(Vec<SharePlan>, Vec<
                         return Err(ConfigError::BindMissing(source.clone()).into());
                     }
                     fs::create_dir_all(source).map_err(|error| SandboxError::io("make", source, error))?;
+                }
+                if let Some(socket) =
+                    sockets.offer(source).map_err(|error| SandboxError::io("share", source, error))?
+                {
+                    mount.source = Some(mount::Source::Socket(socket));
+                    mount.read_only = *read_only;
+                    mounts.push(mount);
+                    continue;
                 }
                 (source.clone(), *read_only)
             }
@@ -297,7 +346,7 @@ mod tests {
                 read_only: false,
             },
         ];
-        let (shares, mounts) = mounts(&home, &wish).unwrap();
+        let (shares, mounts) = mounts(&home, &wish, &mut Sockets::default()).unwrap();
         assert!(source.is_dir(), "made");
         assert_eq!(shares[0], SharePlan { name: "0".into(), source, read_only: true, live: false });
         assert_eq!(shares[1].source, home.volume("data").unwrap().mountpoint);
@@ -309,7 +358,7 @@ mod tests {
         wish.mounts =
             vec![MountConfig::Bind { source: missing, target: "/b".into(), read_only: true, create: false }];
         assert!(matches!(
-            super::mounts(&home, &wish),
+            super::mounts(&home, &wish, &mut Sockets::default()),
             Err(SandboxError::Config(ConfigError::BindMissing(_)))
         ));
     }

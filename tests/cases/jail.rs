@@ -121,6 +121,8 @@ fn doctor_shows_the_jail_of_each_process() {
         "{}",
         found("filters of system calls")
     );
+    let memory = found("guest memory in dumps");
+    assert!(!memory.starts_with("0 ") && memory.ends_with("are left out"), "{memory}");
     assert!(found("root").starts_with("0 entries, ro,"), "{}", found("root"));
     hyper("doctor --jail").arg(&container.id).ok().shows("no id is mapped").shows("PROCESS");
     container.call("stop -t 0").ok();

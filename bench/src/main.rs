@@ -180,6 +180,7 @@ fn turns(
 ) -> Result<()> {
     for round in 0..options.runs + options.warm_up {
         for contender in &bench.contenders {
+            program::settle();
             let ms = measure(contender).with_context(|| format!("{name}: {}", contender.name()))?;
             if round >= options.warm_up {
                 report.add(name, "ms", contender.name(), ms);

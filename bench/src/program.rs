@@ -39,6 +39,14 @@ pub(crate) fn ms_since(start_us: u64) -> f64 {
     now_us().saturating_sub(start_us) as f64 / 1000.0
 }
 
+/// How long the host is given to take away what the contender before has left: network namespaces go in the background.
+const SETTLE: Duration = Duration::from_millis(500);
+
+/// Waits so that no contender pays for the end of another.
+pub(crate) fn settle() {
+    std::thread::sleep(SETTLE);
+}
+
 /// A command without input and output, whose complaints are kept for the error.
 pub(crate) fn quiet(program: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(program);

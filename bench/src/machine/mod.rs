@@ -69,8 +69,10 @@ pub(crate) fn measure(prefix: &Path, options: &Options, report: &mut Report) -> 
     };
     let peers: Vec<_> = PEERS.into_iter().filter(|(_, name, _)| program::on_path(name).is_some()).collect();
     for round in 0..options.runs + options.warm_up {
+        program::settle();
         let mut starts = vec![("hyper-vmm", vmm::start(&parts).context("starting hyper-vmm")?)];
         for (contender, program, start) in &peers {
+            program::settle();
             starts.push((contender, start(&parts).with_context(|| format!("starting {program}"))?));
         }
         if round < options.warm_up {

@@ -74,17 +74,28 @@ impl Kind {
     }
 }
 
+/// The network that a VMM sees, though its filters let it use none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Network {
+    /// A namespace of its own with nothing in it.
+    None,
+    /// That of its pod, which it was started in: engines find a pod's network by its process.
+    Pods,
+}
+
+/// The argument of hyper-vmm for [`Network::Pods`].
+pub const POD_NETWORK: &str = "--pod-network";
+
 /// Closes the jail, but for the filters. The process must have one thread; what it has open stays open, and no path leads anywhere any more.
 ///
 /// # Errors
 /// The step that failed. The process is of no use then: it is neither in nor out.
-pub fn close() -> Result<(), JailError> {
+pub fn close(network: Network) -> Result<(), JailError> {
     let standing = Standing::current()?;
-    let own = UnshareFlags::NEWNS
-        | UnshareFlags::NEWNET
-        | UnshareFlags::NEWIPC
-        | UnshareFlags::NEWUTS
-        | UnshareFlags::NEWCGROUP;
+    let mut own = UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWCGROUP;
+    if network == Network::None {
+        own |= UnshareFlags::NEWNET;
+    }
     let user = if standing == Standing::User { UnshareFlags::NEWUSER } else { UnshareFlags::empty() };
     crate::namespaces(own | user).map_err(step("make namespaces"))?;
     root::make_private().map_err(step("make mounts private"))?;

@@ -25,6 +25,7 @@ mod vcpus;
 use std::process::ExitCode;
 
 use hyper_jail::JailError;
+use hyper_jail::vmm::{Network, POD_NETWORK};
 use hyper_vmm_hv::Hypervisor;
 use hyper_vmm_spec::control::exit_code;
 
@@ -33,20 +34,23 @@ fn main() -> ExitCode {
     log::install_panic_hook();
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     match arguments.as_slice() {
-        [] => ExitCode::from(run_machine(main_us)),
+        [] => ExitCode::from(run_machine(main_us, Network::None)),
+        [one] if one == POD_NETWORK => ExitCode::from(run_machine(main_us, Network::Pods)),
         [one] if one == "--probe" => match probe::print() {
             Ok(()) => ExitCode::SUCCESS,
             Err(_) => ExitCode::from(exit_code::INTERNAL),
         },
         _ => {
-            log::line(format_args!("give no argument and a control socket on standard input, or --probe"));
+            log::line(format_args!(
+                "give a control socket on standard input and at most {POD_NETWORK}, or --probe"
+            ));
             ExitCode::from(exit_code::USAGE)
         }
     }
 }
 
-fn run_machine(main_us: u64) -> u8 {
-    let kvm = match close_jail() {
+fn run_machine(main_us: u64, network: Network) -> u8 {
+    let kvm = match close_jail(network) {
         Ok(kvm) => kvm,
         Err(e) => {
             log::line(format_args!("{}", log::chain(&e)));
@@ -60,9 +64,9 @@ fn run_machine(main_us: u64) -> u8 {
 }
 
 /// Takes everything away but /dev/kvm, whose state the owner is told when it asks for a machine. From here on nothing is opened by a path.
-fn close_jail() -> Result<Result<Hypervisor, hyper_vmm_hv::HvError>, JailError> {
+fn close_jail(network: Network) -> Result<Result<Hypervisor, hyper_vmm_hv::HvError>, JailError> {
     hyper_jail::close_inherited()?;
     let kvm = Hypervisor::open();
-    hyper_jail::vmm::close()?;
+    hyper_jail::vmm::close(network)?;
     Ok(kvm)
 }

@@ -1,5 +1,6 @@
 //! A running machine with an agent that serves.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -116,6 +117,8 @@ impl Booted {
         let (run_dir, log_dir) = (plan.run_dir.clone(), plan.log_dir.clone());
         let limit = scaled_ms(plan.boot_ms);
         let cgroups = std::mem::take(&mut plan.cgroups);
+        // Where engines look for a pod's network.
+        let network: &[&OsStr] = if plan.in_pod { &[OsStr::new(hyper_jail::vmm::POD_NETWORK)] } else { &[] };
         let mut bell = None;
         // Whoever was saved with its agent serving does not ring again.
         if plan.template.is_none() {
@@ -144,7 +147,7 @@ impl Booted {
         let sockets = Sockets { vsock, serial: console_in, share };
         let assembled = assemble(plan, parts, sockets)?;
         let (control, far) = control::pair().map_err(descriptor("the control socket"))?;
-        let (vmm, log) = spawn("hyper-vmm", &parts.vmm, &[], far, &log_dir.join("vmm.log"), &cgroups)?;
+        let (vmm, log) = spawn("hyper-vmm", &parts.vmm, network, far, &log_dir.join("vmm.log"), &cgroups)?;
         logs.push(log);
         steps.done("vmm-spawned");
         let (control, bays) = (Arc::new(control), assembled.bays.clone());

@@ -52,6 +52,8 @@ pub(crate) struct GuestPlan {
     pub(crate) kernel_args: Vec<String>,
     /// How long the guest may take until its agent serves.
     pub(crate) boot_ms: u64,
+    /// The VMM stays in the network namespace that it is started in: its pod's.
+    pub(crate) in_pod: bool,
     /// Open `cgroup.procs` of the control groups that VMM and file server run in; none: those of this process.
     pub(crate) cgroups: Vec<OwnedFd>,
     /// It goes on from this instead of booting.
@@ -81,6 +83,7 @@ impl GuestPlan {
             shares: self.shares.clone(),
             kernel_args: self.kernel_args.clone(),
             boot_ms: self.boot_ms,
+            in_pod: self.in_pod,
             cgroups: self.cgroups.iter().map(OwnedFd::try_clone).collect::<Result<_, _>>().map_err(failed)?,
             template: None,
         })
@@ -271,6 +274,7 @@ pub(super) mod tests {
             shares: Vec::new(),
             kernel_args: vec!["loglevel=7".into()],
             boot_ms: DEFAULT_BOOT_MS,
+            in_pod: false,
             cgroups: Vec::new(),
             template: None,
         }

@@ -85,6 +85,7 @@ pub(crate) async fn unpack(
         host_ports: Vec::new(),
         shares: Vec::new(),
         kernel_args: Vec::new(),
+        in_pod: false,
         boot_ms: DEFAULT_BOOT_MS,
         cgroups: Vec::new(),
         template: None,

@@ -76,6 +76,7 @@ impl Machine {
             kernel_args: spec.kernel_args.clone(),
             template: None,
             cgroups: cgroup.entrances()?,
+            in_pod: true,
             boot_ms: spec.boot_timeout_ms.map_or(DEFAULT_BOOT_MS, u64::from),
         };
         let configure = ConfigureRequest { hostname: spec.hostname.clone(), ..Default::default() };

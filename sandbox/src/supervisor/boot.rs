@@ -124,6 +124,7 @@ pub(super) async fn machine(
         host_ports,
         shares,
         kernel_args: config.kernel_args.clone(),
+        in_pod: false,
         boot_ms: DEFAULT_BOOT_MS,
         cgroups: Vec::new(),
         template: None,

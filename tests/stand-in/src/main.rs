@@ -51,7 +51,7 @@ fn say(what: fmt::Arguments<'_>) {
 fn try_inside() -> Result<(), Failure> {
     hyper_jail::close_inherited()?;
     let mut world = World::look()?;
-    vmm::close()?;
+    vmm::close(vmm::Network::None)?;
     world.take_request()?;
     vmm::bound(0, Some(world.longest_file()))?;
     hyper_jail::exit_on_forbidden_calls(FORBIDDEN)?;

@@ -87,6 +87,7 @@ async fn make_by(maker: &Maker, home: &Home, shape: &TemplateShape) -> Result<()
         host_ports: Vec::new(),
         shares: Vec::new(),
         kernel_args: Vec::new(),
+        in_pod: false,
         boot_ms: DEFAULT_BOOT_MS,
         cgroups: Vec::new(),
         template: None,

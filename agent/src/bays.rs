@@ -3,18 +3,20 @@
 //! Binding returns when the disk is there, with the features and the size of this disk; unbinding returns when it is gone.
 
 use std::collections::BTreeMap;
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use hyper_protocol::rpc::agent::{AttachedDisk, BlockDevice};
+use hyper_protocol::MAX_DISK_PARTS;
+use hyper_protocol::rpc::agent::{AttachedDisk, BlockDevice, DiskPart};
 use rustix::fs::{Mode, OFlags};
 
 use crate::disk::{self, check_serial};
 use crate::error::{AgentError, Tried};
-use crate::log;
 use crate::spec::{DeviceRule, DeviceSpec, Spec, absolute};
+use crate::{log, sys};
 
 /// Where the driver of device windows is bound and unbound.
 const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
@@ -43,6 +45,9 @@ impl Bay {
         let mut bay = Self { slot: wish.slot, node: None };
         let deadline = Instant::now().checked_add(disk::APPEAR_TIMEOUT);
         bay.node = disk::wait_for(&[&wish.serial], deadline)?.pop();
+        if let (Some(node), false) = (&bay.node, wish.parts.is_empty()) {
+            part(node, &wish.parts)?;
+        }
         Ok(bay)
     }
 
@@ -60,6 +65,19 @@ impl Drop for Bay {
             log::error(format!("unbind device window {}: {error}", self.slot));
         }
     }
+}
+
+/// Tells the kernel of a disk's parts, which no table on the disk says.
+fn part(node: &Path, parts: &[DiskPart]) -> Result<(), AgentError> {
+    if parts.len() > MAX_DISK_PARTS {
+        return Err(AgentError::limit("parts of a disk", MAX_DISK_PARTS));
+    }
+    let disk = std::fs::File::open(node).tried(|| format!("open {}", node.display()))?;
+    for (number, part) in (1..).zip(parts) {
+        sys::add_part(disk.as_fd(), number, part.first, part.count)
+            .tried(|| format!("make part {number} of {}", node.display()))?;
+    }
+    Ok(())
 }
 
 /// The platform device of a window.

@@ -8,6 +8,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::inotify;
 
 use crate::error::{AgentError, ErrorKind, Tried};
+use crate::plan::DiskName;
 
 /// How long a disk may take to appear: those of a cold boot are there before PID 1, one that is attached takes milliseconds.
 pub(crate) const APPEAR_TIMEOUT: Duration = Duration::from_secs(5);
@@ -66,6 +67,27 @@ pub(crate) fn wait_for(serials: &[&str], deadline: Option<Instant>) -> Result<Ve
         let mut buffer = [0; 4096];
         // Only the waking counts; what it was is read from the tables.
         let _ = rustix::io::read(&watch, &mut buffer);
+    }
+}
+
+/// The same for disks and parts of disks. Parts are there as soon as their disk's driver is bound.
+///
+/// # Errors
+/// As of [`wait_for`].
+pub(crate) fn wait_for_names<'n>(
+    names: impl Iterator<Item = &'n DiskName> + Clone,
+    deadline: Option<Instant>,
+) -> Result<Vec<PathBuf>, AgentError> {
+    let serials: Vec<&str> = names.clone().map(|name| name.serial.as_str()).collect();
+    let disks = wait_for(&serials, deadline)?;
+    Ok(disks.into_iter().zip(names).map(|(disk, name)| node_of(disk, name.part)).collect())
+}
+
+/// The node of a part of a disk, or of all of it.
+fn node_of(disk: PathBuf, part: u32) -> PathBuf {
+    match part {
+        0 => disk,
+        part => PathBuf::from(format!("{}{part}", disk.display())),
     }
 }
 

@@ -2,12 +2,12 @@
 
 use hyper_protocol::rpc::agent as wire;
 
+use hyper_protocol::MAX_DISK_PARTS;
+
 use crate::disk::check_serial;
 use crate::error::AgentError;
-use crate::plan::{DiskFolder, DiskMount, DiskPath, DiskRoot, RootOfDisks};
+use crate::plan::{DiskFolder, DiskMount, DiskName, DiskPath, DiskRoot, RootOfDisks};
 
-/// Most mounts, folders and layers of one root: a machine has no more windows for disks.
-const MAX_PARTS: usize = 19;
 /// File systems that disks are mounted as.
 const KINDS: [&str; 2] = ["erofs", "ext4"];
 
@@ -43,16 +43,30 @@ pub(crate) fn check(root: wire::DiskRoot) -> Result<DiskRoot, AgentError> {
 }
 
 fn bound(count: usize) -> Result<(), AgentError> {
-    if count > MAX_PARTS { Err(AgentError::limit("parts of a root of disks", MAX_PARTS)) } else { Ok(()) }
+    if count > MAX_DISK_PARTS {
+        Err(AgentError::limit("parts of a root of disks", MAX_DISK_PARTS))
+    } else {
+        Ok(())
+    }
 }
 
 fn mount(one: wire::DiskMount) -> Result<DiskMount, AgentError> {
     bound(one.devices.len())?;
-    std::iter::once(&one.serial).chain(&one.devices).try_for_each(|serial| check_serial(serial))?;
     if !KINDS.contains(&one.kind.as_str()) {
         return Err(AgentError::invalid(format!("a disk of kind {:?}", one.kind)));
     }
-    Ok(DiskMount { serial: one.serial, kind: one.kind, read_only: one.read_only, devices: one.devices })
+    let disk = name(one.disk.unwrap_or_default())?;
+    let devices = one.devices.into_iter().map(name).collect::<Result<_, _>>()?;
+    Ok(DiskMount { disk, kind: one.kind, read_only: one.read_only, devices })
+}
+
+fn name(one: wire::DiskName) -> Result<DiskName, AgentError> {
+    check_serial(&one.serial)?;
+    if usize::try_from(one.part).is_ok_and(|part| part <= MAX_DISK_PARTS) {
+        Ok(DiskName { serial: one.serial, part: one.part })
+    } else {
+        Err(AgentError::invalid(format!("there is no part {} of disk {}", one.part, one.serial)))
+    }
 }
 
 /// It becomes part of a mount option.
@@ -78,7 +92,8 @@ mod tests {
     }
 
     fn disk(kind: &str) -> wire::DiskMount {
-        wire::DiskMount { serial: "bay0-0".to_owned(), kind: kind.to_owned(), ..Default::default() }
+        let name = wire::DiskName { serial: "bay0-0".to_owned(), part: 3, ..Default::default() };
+        wire::DiskMount { disk: Some(name).into(), kind: kind.to_owned(), ..Default::default() }
     }
 
     fn root(mounts: Vec<wire::DiskMount>, root: wire::disk_root::Root) -> wire::DiskRoot {
@@ -93,7 +108,12 @@ mod tests {
             assert!(check(root(vec![disk("erofs")], Folder(bad))).is_err());
         }
         assert!(check(root(vec![disk("vfat")], Folder(at(0, "")))).is_err());
-        assert!(check(root(vec![disk("ext4"); MAX_PARTS + 1], Folder(at(0, "")))).is_err());
+        assert!(check(root(vec![disk("ext4"); MAX_DISK_PARTS], Folder(at(0, "")))).is_ok());
+        assert!(check(root(vec![disk("ext4"); MAX_DISK_PARTS + 1], Folder(at(0, "")))).is_err());
+        let mut beyond = disk("ext4");
+        beyond.disk.mut_or_insert_default().part = 161;
+        assert!(check(root(vec![beyond], Folder(at(0, "")))).is_err());
+        assert!(check(root(vec![wire::DiskMount::default()], Folder(at(0, "")))).is_err());
         assert!(check(wire::DiskRoot::default()).is_err());
         let overlay = |lower: &[u32], upper: bool, work: bool| {
             let mut overlay = wire::DiskOverlay::new();

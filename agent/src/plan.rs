@@ -98,12 +98,20 @@ pub(crate) enum RootOfDisks {
 /// A disk, mounted at a place of its own.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct DiskMount {
-    pub serial: String,
+    pub disk: DiskName,
     /// `erofs` or `ext4`.
     pub kind: String,
     pub read_only: bool,
-    /// Serials of further disks of the same file system.
-    pub devices: Vec<String>,
+    /// Further disks of the same file system.
+    pub devices: Vec<DiskName>,
+}
+
+/// A disk, or a part of one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct DiskName {
+    pub serial: String,
+    /// Number of the part, from 1; 0: all of it.
+    pub part: u32,
 }
 
 /// A folder of a mounted disk: number of the mount, and a plain relative path, or nothing for all of it.

@@ -257,6 +257,43 @@ pub(crate) fn reseed(device: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
+/// Makes part `number` of a disk: `count` sectors from `first` on.
+///
+/// # Errors
+/// What the ioctl answers: such a part is there already, or lies outside the disk.
+pub(crate) fn add_part(disk: BorrowedFd<'_>, number: i32, first: u64, count: u64) -> io::Result<()> {
+    const BLKPG: libc::c_ulong = 0x1269;
+    const BLKPG_ADD_PARTITION: libc::c_int = 1;
+    const NAME_BYTES: usize = 64;
+    #[repr(C)]
+    struct Partition {
+        start: libc::c_longlong,
+        length: libc::c_longlong,
+        number: libc::c_int,
+        names: [[u8; NAME_BYTES]; 2],
+    }
+    #[repr(C)]
+    struct Argument {
+        operation: libc::c_int,
+        flags: libc::c_int,
+        length: libc::c_int,
+        data: *mut Partition,
+    }
+    let bytes = |sectors: u64| {
+        let bytes = sectors.checked_mul(512).and_then(|bytes| i64::try_from(bytes).ok());
+        bytes.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))
+    };
+    let names = [[0; NAME_BYTES]; 2];
+    let mut part = Partition { start: bytes(first)?, length: bytes(count)?, number, names };
+    let length = size_of::<Partition>() as libc::c_int;
+    let argument = Argument { operation: BLKPG_ADD_PARTITION, flags: 0, length, data: &raw mut part };
+    // SAFETY: the kernel reads the argument and the partition that it points to; both outlive the call.
+    check(libc::c_long::from(unsafe {
+        libc::ioctl(disk.as_raw_fd(), BLKPG as libc::Ioctl, &raw const argument)
+    }))?;
+    Ok(())
+}
+
 /// Installs a seccomp filter on this thread.
 ///
 /// # Errors

@@ -41,6 +41,8 @@ pub const MAX_OCI_SPEC_BYTES: usize = 1 << 20;
 pub const MAX_INJECTED_FILE_BYTES: usize = 1 << 20;
 /// Longest DNS message (RFC 1035, 4.2.2), bytes.
 pub const MAX_DNS_MESSAGE_BYTES: usize = 65_535;
+/// Most parts of a disk that is attached, and most mounts, folders and layers of a root of disks; what the VMM takes.
+pub const MAX_DISK_PARTS: usize = 160;
 /// How long an unclaimed stream connection is kept, milliseconds.
 pub const STREAM_CLAIM_TIMEOUT_MS: u64 = 10_000;
 /// Virtio-fs tag of the share that holds all host directories of a sandbox, one directory or file each.

@@ -8,6 +8,7 @@ mod containerd2;
 mod containers;
 mod crictl;
 mod docker;
+mod erofs;
 mod faults;
 mod growth;
 mod images;

@@ -19,9 +19,9 @@ use hyper_vmm_devices::rng::{HostEntropy, Rng};
 use hyper_vmm_devices::transport::{MmioTransport, QUEUE_NOTIFY, WINDOW_BYTES};
 use hyper_vmm_devices::vsock::{Callers, Vsock};
 use hyper_vmm_hv::{Entry, HvError, Hypervisor, Machine as KvmMachine, Vcpu};
-use hyper_vmm_spec::control::{LIFECYCLE_PORT, Metrics, SnapshotFds};
+use hyper_vmm_spec::control::{DiskPart, LIFECYCLE_PORT, Metrics, SnapshotFds};
 use hyper_vmm_spec::{
-    BalloonSpec, DeviceSpec, DiskId, DiskSpec, FdSlot, HotMemorySpec, NetSpec, ShareSpec, VmSpec, VsockSpec,
+    BalloonSpec, DeviceSpec, DiskId, DiskSpec, HotMemorySpec, NetSpec, ShareSpec, VmSpec, VsockSpec,
 };
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -169,12 +169,13 @@ impl Machine {
         &self,
         bay: u8,
         id: &DiskId,
-        fd: FdSlot,
+        parts: &[DiskPart],
         mut fds: Descriptors,
     ) -> Result<(), BuildError> {
         let handle = self.bay(bay)?;
-        let file = File::from(fds.take(fd, "a disk")?);
-        handle.insert(id, file).map_err(|source| BuildError::Bay { bay, source })
+        let mut open = |part: &DiskPart| Ok((File::from(fds.take(part.fd, "a disk")?), part.sectors));
+        let files = parts.iter().map(&mut open).collect::<Result<_, BuildError>>()?;
+        handle.insert(id, files).map_err(|source| BuildError::Bay { bay, source })
     }
 
     /// Empties a bay.

@@ -201,8 +201,8 @@ impl Controller {
                     goal.set(u64::from(mib) << 20, serial);
                 }
             }
-            Request::Attach { bay, id, fd } => {
-                let attached = self.machine.attach(bay, &id, fd, fds);
+            Request::Attach { bay, id, parts } => {
+                let attached = self.machine.attach(bay, &id, &parts, fds);
                 self.reply(attached.map(|()| Reply::Done).map_err(|e| log::chain(&e)), ops);
             }
             Request::Detach { bay } => {

@@ -27,6 +27,7 @@ pub(crate) const MODULES: [Module; 2] = [
         variable: "HYPER_TEST_PEERS",
         groups: &[
             "containerd2",
+            "erofs",
             "crictl",
             "docker",
             "kubernetes",

@@ -21,6 +21,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("curl", "/usr/bin/curl"),
     ("docker.io", "/usr/sbin/dockerd"),
     ("e2fsprogs", "/sbin/mkfs.ext4"),
+    ("erofs-utils", "/usr/bin/mkfs.erofs"),
     ("flex", "/usr/bin/flex"),
     ("gcc", "/usr/bin/cc"),
     ("iperf3", "/usr/bin/iperf3"),

@@ -40,8 +40,7 @@ pub(crate) fn build(root: &DiskRoot) -> Result<OwnedFd, AgentError> {
 
 fn mount_disk(one: &DiskMount, place: &str) -> Result<(), AgentError> {
     let deadline = Instant::now().checked_add(disk::APPEAR_TIMEOUT);
-    let serials: Vec<&str> = std::iter::once(&one.serial).chain(&one.devices).map(String::as_str).collect();
-    let nodes = disk::wait_for(&serials, deadline)?;
+    let nodes: Vec<_> = disk::wait_for_names(std::iter::once(&one.disk).chain(&one.devices), deadline)?;
     let mut flags = MountFlags::NOATIME;
     if one.read_only {
         flags |= MountFlags::RDONLY;
@@ -55,13 +54,18 @@ fn mount_disk(one: &DiskMount, place: &str) -> Result<(), AgentError> {
     }
     let options = c_string(options.join(","))?;
     mount(node.as_str(), place, one.kind.as_str(), flags, Some(options.as_c_str()))
-        .tried(|| format!("mount disk {} ({node}) as {}", one.serial, one.kind))
+        .tried(|| format!("mount disk {} ({node}) as {}", one.disk.serial, one.kind))
 }
 
 /// Where a folder of a disk is, now that the disk is mounted.
 fn place(path: &DiskPath) -> String {
+    format!("{DISK_DIR}/{}", relative(path))
+}
+
+/// The same, in [`DISK_DIR`].
+fn relative(path: &DiskPath) -> String {
     let DiskPath { mount, path } = path;
-    if path.is_empty() { format!("{DISK_DIR}/{mount}") } else { format!("{DISK_DIR}/{mount}/{path}") }
+    if path.is_empty() { mount.to_string() } else { format!("{mount}/{path}") }
 }
 
 fn make_folder(at: &DiskPath, mode: u32) -> Result<(), AgentError> {
@@ -74,13 +78,15 @@ fn make_folder(at: &DiskPath, mode: u32) -> Result<(), AgentError> {
 }
 
 fn overlay(lower: &[DiskPath], writable: Option<&(DiskPath, DiskPath)>) -> Result<OwnedFd, AgentError> {
-    let places: Vec<String> = lower.iter().map(place).collect();
-    let mut options = format!("lowerdir={}", places.join(":"));
+    // The places are named from where they are: the options are one page at most.
+    rustix::process::chdir(DISK_DIR).tried(|| format!("change to {DISK_DIR}"))?;
+    let layers: Vec<String> = lower.iter().map(relative).collect();
+    let mut options = format!("lowerdir={}", layers.join(":"));
     let mut flags = MountFlags::RDONLY;
     if let Some((upper, work)) = writable {
         let (upper, work) = (place(upper), place(work));
-        if let Some(top) = places.first() {
-            inherit(top, &upper)?;
+        if let Some(top) = lower.first() {
+            inherit(&place(top), &upper)?;
         }
         // As for images of our own: what names places in the layers is the same at every mount.
         options.push_str(&format!(",upperdir={upper},workdir={work},redirect_dir=on,index=off,metacopy=off"));

@@ -4,7 +4,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
-use hyper_vmm_spec::control::Request;
+use hyper_vmm_spec::control::{DiskPart, Request};
 use hyper_vmm_spec::{DiskId, FdSlot};
 use tokio::time::timeout;
 
@@ -38,10 +38,18 @@ impl Levers {
         self.control()?.request(&Request::Vcpus { count }, &[], scaled_ms(ANSWER_MS)).await.map(drop)
     }
 
-    /// Puts a disk into a bay; it is read-only when the descriptor is.
-    pub(crate) async fn attach(&self, bay: u8, id: &DiskId, disk: BorrowedFd<'_>) -> Result<(), VmError> {
-        let request = Request::Attach { bay, id: id.clone(), fd: FdSlot(0) };
-        self.control()?.request(&request, &[disk], scaled_ms(ANSWER_MS)).await.map(drop)
+    /// Puts a disk into a bay that is made of these files, of which so many sectors are used. A file is read-only when its descriptor is.
+    pub(crate) async fn attach(
+        &self,
+        bay: u8,
+        id: &DiskId,
+        files: &[(BorrowedFd<'_>, u64)],
+    ) -> Result<(), VmError> {
+        let (fds, sectors): (Vec<_>, Vec<u64>) = files.iter().copied().unzip();
+        let parts =
+            (0..).zip(sectors).map(|(slot, sectors)| DiskPart { fd: FdSlot(slot), sectors }).collect();
+        let request = Request::Attach { bay, id: id.clone(), parts };
+        self.control()?.request(&request, &fds, scaled_ms(ANSWER_MS)).await.map(drop)
     }
 
     /// Takes the disk out of a bay.

@@ -6,18 +6,25 @@
 //! ```
 
 use std::fs::{File, OpenOptions};
+use std::io::{Seek, SeekFrom};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use hyper_protocol::rpc::agent::AttachedDisk;
+use hyper_protocol::MAX_DISK_PARTS;
+use hyper_protocol::rpc::agent::{AttachedDisk, DiskName, DiskPart};
 use hyper_vmm_spec::DiskId;
+use hyper_vmm_spec::control::part_starts;
 
 use super::{PodError, held};
 use crate::launch::{Levers, VmError};
 
+const _: () =
+    assert!(MAX_DISK_PARTS == hyper_vmm_spec::control::MAX_DISK_PARTS, "agent and VMM take as many");
+/// Bytes of a sector.
+const SECTOR_BYTES: u64 = 512;
 /// Most bays of a pod's machine. An empty one costs the guest three register reads at boot.
 pub(super) const MAX_BAYS: u8 = 8;
 
@@ -48,16 +55,25 @@ impl Bays {
         })?;
         let slot = self.slots.get(usize::from(bay)).copied().unwrap_or_default();
         let serial = format!("bay{bay}-{}", self.next.fetch_add(1, Ordering::Relaxed));
-        Ok(BayDisk { bays: Arc::clone(self), bay, slot, serial, filled: false })
+        Ok(BayDisk { bays: Arc::clone(self), bay, slot, serial, parts: Vec::new(), filled: false })
     }
 
-    /// Attaches an open file or block device; the disk is read-only when it is open for reading only.
-    pub(super) async fn attach(self: &Arc<Self>, file: &File) -> Result<BayDisk, PodError> {
+    /// Attaches open files or block devices as one disk; several are parts of it. One that is open for reading only is read-only.
+    pub(super) async fn attach(self: &Arc<Self>, files: &[Backing]) -> Result<BayDisk, PodError> {
+        let sectors: Vec<u64> = files.iter().map(|file| file.sectors).collect();
+        let starts = part_starts(&sectors).filter(|_| (1..=MAX_DISK_PARTS).contains(&files.len()));
+        let (starts, _) = starts.ok_or_else(|| {
+            PodError::Exhausted(format!("{} disks of one root: at most {MAX_DISK_PARTS}", files.len()))
+        })?;
         let mut disk = self.take()?;
+        if files.len() > 1 {
+            disk.parts = starts.into_iter().zip(sectors).collect();
+        }
         let id = DiskId::new(disk.serial.as_str()).map_err(VmError::from)?;
+        let files: Vec<_> = files.iter().map(|file| (file.file.as_fd(), file.sectors)).collect();
         // From here on the VMM may have it, whatever it answers.
         disk.filled = true;
-        self.levers.attach(disk.bay, &id, file.as_fd()).await?;
+        self.levers.attach(disk.bay, &id, &files).await?;
         Ok(disk)
     }
 }
@@ -69,6 +85,8 @@ pub(super) struct BayDisk {
     bay: u8,
     slot: u32,
     serial: String,
+    /// First sector and sectors of each part, if there are several.
+    parts: Vec<(u64, u64)>,
     filled: bool,
 }
 
@@ -78,9 +96,21 @@ impl BayDisk {
         &self.serial
     }
 
+    /// What the guest finds its file of this number by, counted from 0.
+    pub(super) fn name(&self, file: usize) -> DiskName {
+        let part = if self.parts.is_empty() { 0 } else { u32::try_from(file + 1).unwrap_or(u32::MAX) };
+        DiskName { serial: self.serial.clone(), part, ..Default::default() }
+    }
+
     /// What the agent is told of it.
     pub(super) fn attached(&self) -> AttachedDisk {
-        AttachedDisk { slot: self.slot, serial: self.serial.clone(), ..Default::default() }
+        let part = |&(first, count): &(u64, u64)| DiskPart { first, count, ..Default::default() };
+        AttachedDisk {
+            slot: self.slot,
+            serial: self.serial.clone(),
+            parts: self.parts.iter().map(part).collect(),
+            ..Default::default()
+        }
     }
 }
 
@@ -103,8 +133,26 @@ impl Drop for BayDisk {
     }
 }
 
+/// What a disk, or a part of one, is kept in.
+#[derive(Debug)]
+pub(super) struct Backing {
+    file: File,
+    sectors: u64,
+}
+
 /// Opens a file or block device for a disk, to be written to if `write` and if it can be.
-pub(super) fn open(path: &Path, write: bool) -> Result<File, PodError> {
+pub(super) fn open(path: &Path, write: bool) -> Result<Backing, PodError> {
+    let file = open_file(path, write)?;
+    // The end also tells the size of a block device, for which `stat` says 0.
+    let bytes = (&file).seek(SeekFrom::End(0));
+    let bytes = bytes.map_err(|source| PodError::io("find the size of", path, source))?;
+    if bytes < SECTOR_BYTES {
+        return Err(PodError::Invalid(format!("{} holds {bytes} bytes, not even a sector", path.display())));
+    }
+    Ok(Backing { file, sectors: bytes / SECTOR_BYTES })
+}
+
+fn open_file(path: &Path, write: bool) -> Result<File, PodError> {
     let failed = |source| PodError::io("open", path, source);
     let kind = std::fs::metadata(path).map_err(failed)?.file_type();
     if !kind.is_file() && !kind.is_block_device() {
@@ -137,7 +185,10 @@ mod tests {
     async fn bays_are_given_back_when_the_disk_is_out() {
         let (levers, vmm) = testing::levers();
         let bays = Arc::new(Bays::new(Arc::new(levers), &[7, 8]));
-        let file = tempfile::tempfile().unwrap();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(5 * 512 + 1).unwrap();
+        let file = [open(file.path(), false).unwrap()];
+        assert!(matches!(bays.attach(&[]).await, Err(PodError::Exhausted(_))));
         let first = bays.attach(&file).await.unwrap();
         assert!(matches!(vmm.heard(), Request::Attach { bay: 0, .. }));
         assert_eq!((first.attached().slot, first.serial()), (7, "bay0-0"));
@@ -156,6 +207,26 @@ mod tests {
         drop(second);
     }
 
+    #[tokio::test]
+    async fn several_files_are_parts_of_one_disk() {
+        let (levers, vmm) = testing::levers();
+        let bays = Arc::new(Bays::new(Arc::new(levers), &[7]));
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str, bytes: u64| {
+            let path = dir.path().join(name);
+            File::create(&path).unwrap().set_len(bytes).unwrap();
+            open(&path, false).unwrap()
+        };
+        let disk = bays.attach(&[file("a", 9 * 512), file("b", 512)]).await.unwrap();
+        let Request::Attach { parts, .. } = vmm.heard() else { panic!("not that") };
+        assert_eq!(parts.iter().map(|part| (part.fd.0, part.sectors)).collect::<Vec<_>>(), [(0, 9), (1, 1)]);
+        assert_eq!((disk.name(0).part, disk.name(1).part), (1, 2));
+        let told: Vec<_> = disk.attached().parts.iter().map(|part| (part.first, part.count)).collect();
+        assert_eq!(told, [(0, 9), (16, 1)]);
+        let many: Vec<_> = (0..=MAX_DISK_PARTS).map(|_| file("c", 512)).collect();
+        assert!(matches!(bays.attach(&many).await, Err(PodError::Exhausted(_))));
+    }
+
     #[test]
     fn only_files_and_devices_are_disks() {
         let dir = tempfile::tempdir().unwrap();
@@ -164,6 +235,8 @@ mod tests {
         assert!(matches!(open(&dir.path().join("missing"), false), Err(PodError::Failed(_))));
         let file = dir.path().join("disk");
         std::fs::write(&file, "x").unwrap();
-        assert!(open(&file, true).is_ok());
+        assert!(matches!(open(&file, true), Err(PodError::Invalid(_))), "less than a sector");
+        std::fs::write(&file, [0; 1024]).unwrap();
+        assert_eq!(open(&file, true).unwrap().sectors, 2);
     }
 }

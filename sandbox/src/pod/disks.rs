@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use hyper_protocol::rpc::agent::{
-    CreateContainerRequest, DiskFolder, DiskMount, DiskOverlay, DiskPath, DiskRoot, Rootfs, disk_root,
+    CreateContainerRequest, DiskFolder, DiskMount, DiskName, DiskOverlay, DiskPath, DiskRoot, Rootfs,
+    disk_root,
 };
 use protobuf::MessageField;
 
@@ -44,7 +45,7 @@ struct Source {
     write: bool,
 }
 
-/// A root, before its disks have serials. The fields `serial` and `devices` of `root` are indices of `sources`, as text.
+/// A root, before its disk has a serial: where `root` names disks, `part` is an index of `sources`.
 #[derive(Debug, PartialEq)]
 struct Parsed {
     sources: Vec<Source>,
@@ -111,18 +112,19 @@ fn parse(mounts: &[RootMount]) -> Result<Parsed, PodError> {
 }
 
 impl Parsed {
-    fn add_source(&mut self, path: &str, write: bool) -> String {
+    fn add_source(&mut self, path: &str, write: bool) -> DiskName {
+        let part = u32::try_from(self.sources.len()).unwrap_or(u32::MAX);
         self.sources.push(Source { path: path.into(), write });
-        (self.sources.len() - 1).to_string()
+        DiskName { part, ..Default::default() }
     }
 
     fn add_disk(&mut self, one: &RootMount, kind: &str) {
         let read_only = kind == "erofs" || one.options.iter().any(|option| option == "ro");
-        let serial = self.add_source(&one.source, !read_only);
+        let disk = MessageField::some(self.add_source(&one.source, !read_only));
         let further = one.options.iter().filter_map(|option| option.strip_prefix("device="));
         let devices = further.map(|path| self.add_source(path, false)).collect();
         let kind = kind.to_owned();
-        self.root.mounts.push(DiskMount { serial, kind, read_only, devices, ..Default::default() });
+        self.root.mounts.push(DiskMount { disk, kind, read_only, devices, ..Default::default() });
     }
 
     fn finish_bind(&mut self, one: &RootMount) -> Result<(), PodError> {
@@ -220,10 +222,10 @@ impl Parsed {
 
     /// The writable layer on a disk of its own: the last one.
     fn add_writable(&mut self, path: &Path) {
-        let serial = self.add_source(&path.to_string_lossy(), true);
+        let disk = MessageField::some(self.add_source(&path.to_string_lossy(), true));
         let mount = u32::try_from(self.root.mounts.len()).unwrap_or(u32::MAX);
         let kind = "ext4".to_owned();
-        self.root.mounts.push(DiskMount { serial, kind, ..Default::default() });
+        self.root.mounts.push(DiskMount { disk, kind, ..Default::default() });
         let at =
             |path: &str| MessageField::some(DiskPath { mount, path: path.to_owned(), ..Default::default() });
         for path in ["upper", "work"] {
@@ -234,15 +236,12 @@ impl Parsed {
         }
     }
 
-    /// The root with the serials that its disks have got.
-    fn with_serials(mut self, disks: &[BayDisk]) -> DiskRoot {
-        let serial = |index: &str| {
-            let disk = index.parse().ok().and_then(|index: usize| disks.get(index));
-            disk.map(|disk| disk.serial().to_owned()).unwrap_or_default()
-        };
+    /// The root with its files named as parts of the disk that they have become.
+    fn on_disk(mut self, disk: &BayDisk) -> DiskRoot {
         for mount in &mut self.root.mounts {
-            mount.serial = serial(&mount.serial);
-            mount.devices = mount.devices.iter().map(|index| serial(index)).collect();
+            for name in mount.disk.as_mut().into_iter().chain(&mut mount.devices) {
+                *name = disk.name(name.part as usize);
+            }
         }
         self.root
     }
@@ -273,9 +272,9 @@ impl Sandbox {
         let mut rootfs = Rootfs::new();
         let mut attached = Vec::new();
         if is_of_disks(&wish.rootfs) {
-            let (root, disks) = self.attach_root(&wish.rootfs).await?;
+            let (root, disk) = self.attach_root(&wish.rootfs).await?;
             rootfs.disks = MessageField::some(root);
-            attached = disks;
+            attached.push(disk);
         } else {
             let root = match wish.rootfs.as_slice() {
                 [] => self.live.bind(&translated.root, false)?,
@@ -288,25 +287,24 @@ impl Sandbox {
         Ok(attached)
     }
 
-    /// Attaches the disks of a root.
-    async fn attach_root(&self, mounts: &[RootMount]) -> Result<(DiskRoot, Vec<BayDisk>), PodError> {
+    /// Attaches what a root is made of, all of it as one disk: a pod has few bays.
+    async fn attach_root(&self, mounts: &[RootMount]) -> Result<(DiskRoot, BayDisk), PodError> {
         let mut parsed = parse(mounts)?;
         if let Some(work_dir) = parsed.work_dir.take() {
             let path = work_dir.join(RW_FILE);
             storage::make_rw(&path).await?;
             parsed.add_writable(&path);
         }
-        let mut disks = Vec::new();
-        for source in &parsed.sources {
-            disks.push(self.bays.attach(&bays::open(&source.path, source.write)?).await?);
-        }
-        Ok((parsed.with_serials(&disks), disks))
+        let open = |source: &Source| bays::open(&source.path, source.write);
+        let files = parsed.sources.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        let disk = self.bays.attach(&files).await?;
+        Ok((parsed.on_disk(&disk), disk))
     }
 
     /// Attaches a block device of the host.
     pub(super) async fn attach_device(&self, device: &HostDevice) -> Result<BayDisk, PodError> {
         let node = device.node()?;
-        self.bays.attach(&bays::open(&node, device.write())?).await
+        self.bays.attach(&[bays::open(&node, device.write())?]).await
     }
 }
 
@@ -377,7 +375,9 @@ mod tests {
         ])
         .unwrap();
         assert_eq!(parsed.work_dir.as_deref(), Some(Path::new("/s/9/work")));
-        assert_eq!(parsed.root.mounts[0].devices, ["1", "2"]);
+        let part = |name: &DiskName| name.part;
+        assert_eq!(part(&parsed.root.mounts[0].disk), 0);
+        assert_eq!(parsed.root.mounts[0].devices.iter().map(part).collect::<Vec<_>>(), [1, 2]);
         parsed.add_writable(Path::new("/s/9/work/rw"));
         let overlay = overlay(&parsed);
         assert_eq!(

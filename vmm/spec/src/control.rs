@@ -18,7 +18,11 @@ use crate::{DiskId, FdSlot, VmSpec};
 /// Largest packet, bytes.
 pub const MAX_PACKET_BYTES: usize = 64 * 1024;
 /// Most descriptors with one packet (the kernel's `SCM_MAX_FD` is 253).
-pub const MAX_FDS: usize = 64;
+pub const MAX_FDS: usize = 200;
+/// Most parts of one disk: containerd's and Docker's images have at most 127 layers. A part is a partition to Linux, which has 255 of a disk.
+pub const MAX_DISK_PARTS: usize = 160;
+/// What the first sector of every part is a multiple of (4 KiB).
+pub const PART_ALIGN_SECTORS: u64 = 8;
 
 /// Port of the lifecycle device: the guest writes one byte of [`lifecycle`] to it.
 pub const LIFECYCLE_PORT: u16 = 0x0520;
@@ -83,15 +87,15 @@ pub enum Request {
         /// Comes back with the event.
         serial: u64,
     },
-    /// Put a disk into an empty bay. The guest sees it when it binds its driver to the bay's window. The disk is read-only when the
-    /// descriptor that comes with the request is.
+    /// Put a disk into an empty bay. The guest sees it when it binds its driver to the bay's window.
     Attach {
         /// Which bay, counted from 0 among the spec's bays.
         bay: u8,
         /// Serial of the disk.
         id: DiskId,
-        /// The backing file or block device.
-        fd: FdSlot,
+        /// What it is made of, in order, at least one and at most [`MAX_DISK_PARTS`]; [`part_starts`] says where each begins. A request of
+        /// the guest has to lie inside one part.
+        parts: Vec<DiskPart>,
     },
     /// Take the disk out of a bay, after the request that it is at, whatever the guest does. The guest should have unbound its driver.
     Detach {
@@ -100,6 +104,30 @@ pub enum Request {
     },
     /// End the machine now, without asking the guest.
     Shutdown,
+}
+
+/// A file or block device that is a disk, or a part of one. It is read-only when its descriptor is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskPart {
+    /// The open file.
+    pub fd: FdSlot,
+    /// How much of it is used, sectors of 512 bytes; the file has at least as many.
+    pub sectors: u64,
+}
+
+/// First sector of each part of a disk, and the sectors of all of it: a part begins at the next multiple of [`PART_ALIGN_SECTORS`] after the
+/// one before it. What is between is no part. None when that is more than a disk can be.
+#[must_use]
+pub fn part_starts(sectors: &[u64]) -> Option<(Vec<u64>, u64)> {
+    let mut end: u64 = 0;
+    let mut starts = Vec::with_capacity(sectors.len());
+    for count in sectors {
+        let start = end.checked_next_multiple_of(PART_ALIGN_SECTORS)?;
+        starts.push(start);
+        end = start.checked_add(*count)?;
+    }
+    // Byte offsets have to be numbers, too.
+    (end <= u64::MAX >> 9).then_some((starts, end))
 }
 
 /// A saved machine. Both files belong together, and to the VMM, kernel and processor that wrote them.
@@ -239,4 +267,19 @@ pub mod exit_code {
     pub const JAIL: u8 = 5;
     /// A thread made a system call that it may not make; the log says which.
     pub const FORBIDDEN: u8 = 6;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_follow_each_other_at_whole_pages() {
+        assert_eq!(part_starts(&[]), Some((vec![], 0)));
+        assert_eq!(part_starts(&[9, 1, 8]), Some((vec![0, 16, 24], 32)));
+        assert_eq!(part_starts(&[u64::MAX >> 9]), Some((vec![0], u64::MAX >> 9)));
+        for bad in [&[u64::MAX >> 8][..], &[u64::MAX, 1], &[u64::MAX >> 9, 1]] {
+            assert_eq!(part_starts(bad), None);
+        }
+    }
 }

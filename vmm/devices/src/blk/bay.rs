@@ -34,7 +34,7 @@ pub enum BayError {
     /// There is one.
     #[error("a disk is in this bay already")]
     Taken,
-    /// The file cannot be a disk.
+    /// The files cannot be a disk.
     #[error(transparent)]
     Disk(#[from] BlkError),
 }
@@ -44,16 +44,16 @@ impl BayHandle {
         self.disk.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts a disk with serial `id` into the bay; it is read-only when `file` is open for reading only.
+    /// Puts a disk with serial `id` into the bay; see [`Blk::of_parts`].
     ///
     /// # Errors
-    /// The bay is taken, or the file cannot be a disk.
-    pub fn insert(&self, id: &DiskId, file: File) -> Result<(), BayError> {
+    /// The bay is taken, or the files cannot be a disk.
+    pub fn insert(&self, id: &DiskId, files: Vec<(File, u64)>) -> Result<(), BayError> {
         let mut disk = self.disk();
         if disk.is_some() {
             return Err(BayError::Taken);
         }
-        let blk = Blk::by_mode(id, file)?;
+        let blk = Blk::of_parts(id, files)?;
         *disk = Some(match self.worker_begins {
             Some(begin) => blk.with_worker(begin),
             None => blk,
@@ -61,7 +61,7 @@ impl BayHandle {
         Ok(())
     }
 
-    /// Takes the disk out; when this returns its file is closed and nothing of it touches guest memory. An empty bay stays so.
+    /// Takes the disk out; when this returns its files are closed and nothing of it touches guest memory. An empty bay stays so.
     pub fn take(&self) {
         let disk = self.disk().take();
         drop(disk);
@@ -169,19 +169,19 @@ mod tests {
         let handle = bay.handle();
         assert_eq!((bay.device_type(), sectors(&bay)), (0, 0));
         let (first, second) = (file(8192), file(4096));
-        handle.insert(&id("a"), first.reopen().unwrap()).unwrap();
+        handle.insert(&id("a"), vec![(first.reopen().unwrap(), 16)]).unwrap();
         assert_eq!((bay.device_type(), sectors(&bay)), (2, 16));
         assert_eq!(bay.features() & 1 << VIRTIO_BLK_F_RO, 0);
-        assert!(matches!(handle.insert(&id("b"), second.reopen().unwrap()), Err(BayError::Taken)));
+        assert!(matches!(handle.insert(&id("b"), vec![(second.reopen().unwrap(), 8)]), Err(BayError::Taken)));
         handle.take();
         handle.take();
         assert_eq!((bay.device_type(), sectors(&bay)), (0, 0));
         bay.reset();
-        handle.insert(&id("b"), File::open(second.path()).unwrap()).unwrap();
+        handle.insert(&id("b"), vec![(File::open(second.path()).unwrap(), 8)]).unwrap();
         assert_eq!(sectors(&bay), 8);
         assert_ne!(bay.features() & 1 << VIRTIO_BLK_F_RO, 0, "by its descriptor");
         assert!(matches!(
-            Bay::default().handle().insert(&id("c"), file(0).into_file()),
+            Bay::default().handle().insert(&id("c"), vec![(file(0).into_file(), 1)]),
             Err(BayError::Disk(_))
         ));
     }
@@ -200,7 +200,7 @@ mod tests {
         };
         assert!(bay.activate(context()).is_err(), "nothing is there");
         let disk = file(4096);
-        handle.insert(&id("a"), disk.reopen().unwrap()).unwrap();
+        handle.insert(&id("a"), vec![(disk.reopen().unwrap(), 8)]).unwrap();
         bay.activate(context()).unwrap();
         assert!(open_descriptors(disk.path()) > 1);
         handle.take();

@@ -1,4 +1,13 @@
-//! The backing file: bounds, reads, writes, holes.
+//! The backing files: bounds, reads, writes, holes.
+//!
+//! A disk is one file, or several, one behind the other:
+//!
+//! ```text
+//!  sector 0          part_starts()[1]      part_starts()[2]           sectors
+//!  | file 0 | nothing | file 1    | nothing | file 2                   |
+//! ```
+//!
+//! A request that is not inside one file is refused, so that each file is bounded by itself whatever the guest makes of the disk.
 //!
 //! All transfers go through a bounce buffer at explicit file offsets. Reading straight into guest memory would need either
 //! unsafe code or the file position, which descriptors of other processes may share; the buffer stays in the processor's
@@ -7,7 +16,9 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
+use hyper_vmm_spec::control::{MAX_DISK_PARTS, part_starts};
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 use rustix::io::Errno;
 
@@ -30,13 +41,23 @@ pub enum BlkError {
         /// What was asked for.
         wanted: &'static str,
     },
-    /// The file holds not even one sector.
-    #[error("disk {id}: backing file has {bytes} bytes, less than one sector")]
+    /// The file holds not even one sector, or less than is to be used of it.
+    #[error("disk {id}: backing file has {bytes} bytes, less than {wanted}")]
     Size {
         /// Serial of the disk.
         id: String,
         /// Length of the file.
         bytes: u64,
+        /// How many it has to have.
+        wanted: u64,
+    },
+    /// Too many files, none, or more sectors than can be numbered.
+    #[error("disk {id}: {count} files cannot be one disk")]
+    Parts {
+        /// Serial of the disk.
+        id: String,
+        /// How many there are.
+        count: usize,
     },
     /// The kernel refused.
     #[error("disk {id}: cannot {what}")]
@@ -51,71 +72,122 @@ pub enum BlkError {
     },
 }
 
-/// An open disk.
+/// One file of a disk.
 #[derive(Debug)]
-pub(super) struct Disk {
+struct Part {
     file: File,
+    /// Byte of the disk at which it begins.
+    start: u64,
+    bytes: u64,
+    read_only: bool,
+}
+
+impl Part {
+    /// A file from its first sector on; all of its sectors, or as many as `sectors` says.
+    fn open(id: &str, file: File, sectors: Option<u64>) -> Result<Self, BlkError> {
+        let io = |what| move |source: Errno| BlkError::Io { id: id.to_owned(), what, source: source.into() };
+        let flags = rustix::fs::fcntl_getfl(&file).map_err(io("ask how it is open"))?;
+        let read_only = match flags & OFlags::RWMODE {
+            _ if flags.contains(OFlags::PATH) => None,
+            OFlags::RDONLY => Some(true),
+            OFlags::RDWR => Some(false),
+            _ => None,
+        };
+        let Some(read_only) = read_only else {
+            return Err(BlkError::Mode {
+                id: id.to_owned(),
+                mode: "for writing only",
+                wanted: "for reading",
+            });
+        };
+        // The end also tells the size of a block device, for which `stat` says 0.
+        let there = rustix::fs::seek(&file, SeekFrom::End(0)).map_err(io("find its size"))?;
+        let bytes = sectors.unwrap_or(there / SECTOR_BYTES).saturating_mul(SECTOR_BYTES);
+        if bytes == 0 || bytes > there {
+            let wanted = bytes.max(SECTOR_BYTES);
+            return Err(BlkError::Size { id: id.to_owned(), bytes: there, wanted });
+        }
+        Ok(Self { file, start: 0, bytes, read_only })
+    }
+
+    fn allocate(&self, start: u64, len: u64, how: FallocateFlags) -> Result<(), Errno> {
+        if len == 0 {
+            return Ok(());
+        }
+        retry(|| rustix::fs::fallocate(&self.file, how | FallocateFlags::KEEP_SIZE, start, len))
+    }
+}
+
+/// An open disk. Clones are the same disk.
+#[derive(Debug, Clone)]
+pub(super) struct Disk {
+    /// In order of where they begin.
+    parts: Arc<[Part]>,
     bytes: u64,
     read_only: bool,
 }
 
 impl Disk {
+    /// A disk of one file, whose descriptor must be open as `read_only` says.
     pub(super) fn new(id: &str, file: File, read_only: bool) -> Result<Self, BlkError> {
-        let io = |what| move |source: Errno| BlkError::Io { id: id.to_owned(), what, source: source.into() };
-        let flags = rustix::fs::fcntl_getfl(&file).map_err(io("ask how it is open"))?;
-        let mode = match flags & OFlags::RWMODE {
-            OFlags::RDONLY => "read-only",
-            OFlags::RDWR => "read-write",
-            _ => "write-only",
-        };
-        let wanted = if read_only { "read-only" } else { "read-write" };
-        if mode != wanted || flags.contains(OFlags::PATH) {
+        let part = Part::open(id, file, None)?;
+        let name = |read_only| if read_only { "read-only" } else { "read-write" };
+        if part.read_only != read_only {
+            let (mode, wanted) = (name(part.read_only), name(read_only));
             return Err(BlkError::Mode { id: id.to_owned(), mode, wanted });
         }
-        // The end also tells the size of a block device, for which `stat` says 0.
-        let bytes = rustix::fs::seek(&file, SeekFrom::End(0)).map_err(io("find its size"))?;
-        let bytes = bytes / SECTOR_BYTES * SECTOR_BYTES;
-        if bytes == 0 {
-            return Err(BlkError::Size { id: id.to_owned(), bytes });
-        }
-        Ok(Self { file, bytes, read_only })
+        Ok(Self { bytes: part.bytes, parts: Arc::new([part]), read_only })
     }
 
-    /// Whether a descriptor is open for reading only.
-    pub(super) fn is_read_only(file: &File) -> Result<bool, Errno> {
-        Ok(rustix::fs::fcntl_getfl(file)? & OFlags::RWMODE == OFlags::RDONLY)
+    /// A disk of files and how many sectors are used of each; what is open for reading only is not written to.
+    pub(super) fn of_parts(id: &str, files: Vec<(File, u64)>) -> Result<Self, BlkError> {
+        let sectors: Vec<u64> = files.iter().map(|(_, sectors)| *sectors).collect();
+        let laid_out = part_starts(&sectors).filter(|_| (1..=MAX_DISK_PARTS).contains(&sectors.len()));
+        let (starts, end) =
+            laid_out.ok_or_else(|| BlkError::Parts { id: id.to_owned(), count: sectors.len() })?;
+        let parts = files.into_iter().zip(starts).map(|((file, sectors), start)| {
+            Ok(Part { start: start * SECTOR_BYTES, ..Part::open(id, file, Some(sectors))? })
+        });
+        let parts = parts.collect::<Result<Arc<[Part]>, BlkError>>()?;
+        let read_only = parts.iter().all(|part| part.read_only);
+        Ok(Self { parts, bytes: end * SECTOR_BYTES, read_only })
     }
 
     pub(super) fn sectors(&self) -> u64 {
         self.bytes / SECTOR_BYTES
     }
 
+    /// Whether none of it can be written to.
     pub(super) fn read_only(&self) -> bool {
         self.read_only
     }
 
-    /// The same disk for a worker.
-    pub(super) fn try_clone(&self) -> io::Result<Self> {
-        Ok(Self { file: self.file.try_clone()?, ..*self })
-    }
-
-    /// Byte offset of `len` bytes at `sector`, which must lie inside the disk.
-    fn locate(&self, sector: u64, len: u64) -> Result<u64, Status> {
+    /// The file that holds `len` bytes at `sector`, all of them, and where in it they begin.
+    fn locate(&self, sector: u64, len: u64) -> Result<(&Part, u64), Status> {
         let start = sector.checked_mul(SECTOR_BYTES).ok_or(Status::IoError)?;
-        let end = start.checked_add(len).ok_or(Status::IoError)?;
-        if !len.is_multiple_of(SECTOR_BYTES) || end > self.bytes {
+        let before = self.parts.partition_point(|part| part.start <= start);
+        let part = before.checked_sub(1).and_then(|index| self.parts.get(index)).ok_or(Status::IoError)?;
+        let offset = start - part.start;
+        let end = offset.checked_add(len).ok_or(Status::IoError)?;
+        if !len.is_multiple_of(SECTOR_BYTES) || end > part.bytes {
             return Err(Status::IoError);
         }
-        Ok(start)
+        Ok((part, offset))
+    }
+
+    /// As [`Self::locate`], for writing.
+    fn locate_writable(&self, sector: u64, len: u64) -> Result<(&Part, u64), Status> {
+        self.locate(sector, len)
+            .and_then(|found| if found.0.read_only { Err(Status::IoError) } else { Ok(found) })
     }
 
     /// Fills `data` from `sector` on.
     pub(super) fn read(&self, sector: u64, data: &mut Span<'_>, bounce: &mut [u8]) -> Result<(), Status> {
-        let mut offset = self.locate(sector, data.len() as u64)?;
+        let (disk, mut offset) = self.locate(sector, data.len() as u64)?;
         while data.len() > 0 {
             let step = data.len().min(bounce.len());
             let part = bounce.get_mut(..step).ok_or(Status::IoError)?;
-            self.file.read_exact_at(part, offset).map_err(|_| Status::IoError)?;
+            disk.file.read_exact_at(part, offset).map_err(|_| Status::IoError)?;
             data.write(part);
             offset += step as u64;
         }
@@ -124,14 +196,11 @@ impl Disk {
 
     /// Writes `data` at `sector`.
     pub(super) fn write(&self, sector: u64, data: &mut Span<'_>, bounce: &mut [u8]) -> Result<(), Status> {
-        let mut offset = self.locate(sector, data.len() as u64)?;
-        if self.read_only {
-            return Err(Status::IoError);
-        }
+        let (disk, mut offset) = self.locate_writable(sector, data.len() as u64)?;
         while data.len() > 0 {
             let step = data.read(bounce);
             let part = bounce.get(..step).ok_or(Status::IoError)?;
-            self.file.write_all_at(part, offset).map_err(|_| Status::IoError)?;
+            disk.file.write_all_at(part, offset).map_err(|_| Status::IoError)?;
             offset += step as u64;
         }
         Ok(())
@@ -139,12 +208,14 @@ impl Disk {
 
     /// Makes all that was written durable.
     pub(super) fn flush(&self) -> Result<(), Status> {
-        retry(|| rustix::fs::fdatasync(&self.file)).map_err(|_| Status::IoError)
+        let mut written = self.parts.iter().filter(|part| !part.read_only);
+        written.try_for_each(|part| retry(|| rustix::fs::fdatasync(&part.file))).map_err(|_| Status::IoError)
     }
 
     /// Gives the space of a range back. What cannot be given back stays: discard is advice.
     pub(super) fn discard(&self, range: Range) -> Result<(), Status> {
-        match self.allocate(range, FallocateFlags::PUNCH_HOLE) {
+        let (disk, offset) = self.locate_writable(range.sector, range.bytes())?;
+        match disk.allocate(offset, range.bytes(), FallocateFlags::PUNCH_HOLE) {
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
             other => other.map_err(|_| Status::IoError),
         }
@@ -153,40 +224,26 @@ impl Disk {
     /// Makes a range read as zeroes, as a hole when that is allowed.
     pub(super) fn write_zeroes(&self, range: Range, bounce: &mut [u8]) -> Result<(), Status> {
         let how = if range.unmap { FallocateFlags::PUNCH_HOLE } else { FallocateFlags::ZERO_RANGE };
-        match self.allocate(range, how) {
+        let mut left = range.bytes();
+        let (disk, mut offset) = self.locate_writable(range.sector, left)?;
+        match disk.allocate(offset, left, how) {
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
             other => return other.map_err(|_| Status::IoError),
         }
-        let mut left = u64::from(range.sectors) * SECTOR_BYTES;
-        let mut offset = range.sector * SECTOR_BYTES;
         bounce.fill(0);
         while left > 0 {
             let step = left.min(bounce.len() as u64);
             let part = bounce.get(..step as usize).ok_or(Status::IoError)?;
-            self.file.write_all_at(part, offset).map_err(|_| Status::IoError)?;
+            disk.file.write_all_at(part, offset).map_err(|_| Status::IoError)?;
             offset += step;
             left -= step;
         }
         Ok(())
     }
 
-    /// Whether every range lies inside a disk that can be written.
+    /// Whether every range can be written to.
     pub(super) fn check_ranges(&self, ranges: &[Range]) -> Result<(), Status> {
-        if self.read_only {
-            return Err(Status::IoError);
-        }
-        for range in ranges {
-            self.locate(range.sector, u64::from(range.sectors) * SECTOR_BYTES)?;
-        }
-        Ok(())
-    }
-
-    fn allocate(&self, range: Range, how: FallocateFlags) -> Result<(), Errno> {
-        if range.sectors == 0 {
-            return Ok(());
-        }
-        let (offset, len) = (range.sector * SECTOR_BYTES, u64::from(range.sectors) * SECTOR_BYTES);
-        retry(|| rustix::fs::fallocate(&self.file, how | FallocateFlags::KEEP_SIZE, offset, len))
+        ranges.iter().try_for_each(|range| self.locate_writable(range.sector, range.bytes()).map(drop))
     }
 }
 

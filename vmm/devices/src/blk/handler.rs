@@ -12,7 +12,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::disk::{BOUNCE_BYTES, Disk};
-use super::request::{Command, ID_BYTES, Request, SECTOR_BYTES, Status, parse_ranges};
+use super::request::{Command, ID_BYTES, Request, Status, parse_ranges};
 use crate::chain::{self, Chain};
 use crate::device::{ActiveQueue, GuestMem, Interrupt};
 use crate::note::Notes;
@@ -196,8 +196,7 @@ impl BlkHandler {
             Command::WriteZeroes if accepted(VIRTIO_BLK_F_WRITE_ZEROES) => {
                 let ranges = parse_ranges(data, true)?;
                 self.disk.check_ranges(&ranges)?;
-                let bytes = |count: u32| u64::from(count) * SECTOR_BYTES;
-                add(&self.counters.write_bytes, ranges.iter().map(|range| bytes(range.sectors)).sum());
+                add(&self.counters.write_bytes, ranges.iter().map(|range| range.bytes()).sum());
                 ranges.into_iter().try_for_each(|range| self.disk.write_zeroes(range, bounce))
             }
             Command::Discard | Command::WriteZeroes | Command::Unknown => Err(Status::Unsupported),

@@ -1,5 +1,5 @@
-//! virtio-blk (virtio 1.3, 5.2) on a raw file or block device, served by a thread of its own so that a slow disk stalls neither
-//! a virtual processor nor the other devices. The file's content is never looked at.
+//! virtio-blk (virtio 1.3, 5.2) on raw files or block devices, served by a thread of its own so that a slow disk stalls neither
+//! a virtual processor nor the other devices. Their content is never looked at.
 
 mod bay;
 mod disk;
@@ -85,13 +85,25 @@ impl Blk {
     /// # Errors
     /// When the descriptor's mode does not match `read_only`, or the file has no size or less than a sector.
     pub fn new(id: &DiskId, file: File, read_only: bool) -> Result<Self, BlkError> {
-        let disk = Disk::new(id.as_str(), file, read_only)?;
+        Ok(Self::on(id, Disk::new(id.as_str(), file, read_only)?))
+    }
+
+    /// A disk with serial `id` of one or several files and how many sectors are used of each, where
+    /// [`part_starts`](hyper_vmm_spec::control::part_starts) says. Files that are open for reading only are not written to.
+    ///
+    /// # Errors
+    /// When a file is open for writing only or has fewer sectors, and when they are none or too many.
+    pub fn of_parts(id: &DiskId, files: Vec<(File, u64)>) -> Result<Self, BlkError> {
+        Ok(Self::on(id, Disk::of_parts(id.as_str(), files)?))
+    }
+
+    fn on(id: &DiskId, disk: Disk) -> Self {
         let mut serial = [0; ID_BYTES];
         for (to, from) in serial.iter_mut().zip(id.as_str().bytes()) {
             *to = from;
         }
-        let config = config_space(disk.sectors(), read_only);
-        Ok(Self {
+        let config = config_space(disk.sectors(), disk.read_only());
+        Self {
             serial,
             disk,
             config,
@@ -100,7 +112,7 @@ impl Blk {
             paused: None,
             resized: false,
             worker_begins: None,
-        })
+        }
     }
 
     /// The worker calls `begin` before it serves anything.
@@ -108,16 +120,6 @@ impl Blk {
     pub fn with_worker(mut self, begin: fn()) -> Self {
         self.worker_begins = Some(begin);
         self
-    }
-
-    /// As [`Blk::new`], read-only when the descriptor is.
-    fn by_mode(id: &DiskId, file: File) -> Result<Self, BlkError> {
-        let read_only = Disk::is_read_only(&file).map_err(|source| BlkError::Io {
-            id: id.as_str().to_owned(),
-            what: "ask how it is open",
-            source: source.into(),
-        })?;
-        Self::new(id, file, read_only)
     }
 
     fn stop(&mut self) {
@@ -174,7 +176,7 @@ impl VirtioDevice for Blk {
         let active =
             context.queues.into_iter().find(|q| q.index == 0).ok_or(ActivateError::MissingQueue(0))?;
         let handler = BlkHandler {
-            disk: self.disk.try_clone().map_err(prepare)?,
+            disk: self.disk.clone(),
             serial: self.serial,
             mem: context.mem,
             interrupt: context.interrupt,

@@ -81,6 +81,12 @@ pub(super) struct Range {
     pub(super) unmap: bool,
 }
 
+impl Range {
+    pub(super) fn bytes(self) -> u64 {
+        u64::from(self.sectors) * SECTOR_BYTES
+    }
+}
+
 /// Reads the ranges of a discard (`zeroes` false) or write-zeroes request.
 pub(super) fn parse_ranges(mut data: Span<'_>, zeroes: bool) -> Result<Vec<Range>, Status> {
     let len = data.len();

@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use hyper_vmm_spec::DiskId;
+use hyper_vmm_spec::control::MAX_DISK_PARTS;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
@@ -311,4 +312,63 @@ fn a_driver_is_told_of_another_disks_size() {
         assert_eq!(machine.interrupt.config.load(Ordering::SeqCst), told, "{bytes}");
     }
     assert!(disk(4096).restore(&state[1..]).is_err());
+}
+
+#[test]
+fn parts_are_files_of_their_own() {
+    let mem = memory();
+    let (first, first_file) = file(9 * 512);
+    let (second, _) = file(4096);
+    let (third, third_file) = file(1 << 20);
+    let fixed = File::open(second.path()).unwrap();
+    second.as_file().write_all_at(&[7; 512], 0).unwrap();
+    // Of the last one, half is used.
+    let blk = Blk::of_parts(&id(), vec![(first_file, 9), (fixed, 8), (third_file, 1024)]).unwrap();
+    assert_eq!(blk.disk.sectors(), 16 + 8 + 1024);
+    assert_eq!(blk.features() & 1 << VIRTIO_BLK_F_RO, 0);
+    let mut vm = Machine::new(&mem, blk);
+    mem.write_slice(&[9; 4096], GuestAddress(DATA)).unwrap();
+    let write = |bytes| [(DATA, bytes, false)];
+    assert_eq!(vm.ask(OUT, 8, &write(512)), (OK, 1));
+    assert_eq!(vm.ask(OUT, 24, &write(1024)), (OK, 1));
+    assert_eq!(vm.ask(OUT, 24 + 1023, &write(512)), (OK, 1));
+    // Beyond a part, between parts, over the seam of two parts, behind the last.
+    for (sector, bytes) in [(8, 1024), (9, 512), (15, 512), (23, 1024), (24 + 1023, 1024), (24 + 1024, 512)] {
+        assert_eq!(vm.ask(OUT, sector, &write(bytes)).0, IOERR, "{sector}");
+        assert_eq!(vm.ask(IN, sector, &[(DATA, bytes, true)]).0, IOERR, "{sector}");
+    }
+    // The one that is read-only.
+    assert_eq!(vm.ask(OUT, 16, &write(512)).0, IOERR);
+    assert_eq!(vm.ranges(DISCARD, &[(16, 8, 0)]), IOERR);
+    assert_eq!(vm.ranges(WRITE_ZEROES, &[(24, 1, 0), (16, 1, 0)]), IOERR);
+    assert_eq!(vm.ask(IN, 16, &[(DATA, 512, true)]), (OK, 513));
+    assert_eq!(mem.read_obj::<u8>(GuestAddress(DATA)).unwrap(), 7);
+    assert_eq!(vm.ranges(WRITE_ZEROES, &[(25, 1, 0)]), OK);
+    assert_eq!(vm.ask(FLUSH, 0, &[]), (OK, 1));
+    let bytes = |file: &tempfile::NamedTempFile, at| {
+        let mut sector = [1; 512];
+        file.as_file().read_exact_at(&mut sector, at).unwrap();
+        sector
+    };
+    assert_eq!(bytes(&first, 8 * 512), [9; 512]);
+    assert_eq!(
+        (bytes(&third, 0), bytes(&third, 512), bytes(&third, 1023 * 512)),
+        ([9; 512], [0; 512], [9; 512])
+    );
+    assert_eq!(bytes(&third, 1024 * 512), [0; 512], "what is not used");
+    assert_eq!(bytes(&second, 0), [7; 512]);
+}
+
+#[test]
+fn parts_that_cannot_be_are_refused() {
+    let open = |bytes| File::open(file(bytes).0.path()).unwrap();
+    let size = |parts| matches!(Blk::of_parts(&id(), parts), Err(BlkError::Size { .. }));
+    assert!(size(vec![(open(4096), 9)]), "shorter than said");
+    assert!(size(vec![(open(4096), 8), (open(4096), 0)]));
+    let count = |parts| matches!(Blk::of_parts(&id(), parts), Err(BlkError::Parts { .. }));
+    assert!(count(vec![]));
+    assert!(count(vec![(open(512), u64::MAX)]));
+    assert!(count((0..=MAX_DISK_PARTS).map(|_| (open(512), 1)).collect()));
+    let only_written = OpenOptions::new().write(true).open(file(512).0.path()).unwrap();
+    assert!(matches!(Blk::of_parts(&id(), vec![(only_written, 1)]), Err(BlkError::Mode { .. })));
 }

@@ -40,6 +40,27 @@ pub(crate) struct Service {
     done: Notify,
 }
 
+/// Whoever waits for a container to be made.
+pub(crate) struct Caller<'s> {
+    service: &'s Service,
+    answered: bool,
+}
+
+impl Caller<'_> {
+    /// The outcome reaches the caller, who does what follows.
+    pub(crate) fn answered(mut self) {
+        self.answered = true;
+    }
+}
+
+impl Drop for Caller<'_> {
+    fn drop(&mut self) {
+        if !self.answered {
+            self.service.finish_if_empty();
+        }
+    }
+}
+
 impl Service {
     pub(crate) fn new(run_dir: PathBuf, publisher: Publisher) -> Self {
         Self {
@@ -128,6 +149,21 @@ impl Service {
     /// Whether it is.
     pub(crate) fn is_kept(&self) -> bool {
         self.has_sandbox.load(Ordering::SeqCst)
+    }
+
+    /// A watch over the making of a container: dropped before it is told the outcome, its caller has gone. containerd 1.6, started anew,
+    /// knows nothing of a pod that it had just begun, so nobody would ever end a shim that has nothing else.
+    pub(crate) fn caller(&self) -> Caller<'_> {
+        Caller { service: self, answered: false }
+    }
+
+    /// Ends the shim if it has no container and makes none.
+    fn finish_if_empty(&self) {
+        let Ok(sandbox) = self.sandbox.try_lock() else { return };
+        if !self.is_kept() && sandbox.as_ref().is_none_or(|sandbox| sandbox.containers().is_empty()) {
+            tracing::info!("whoever asked for a container has gone, and there is no other");
+            self.finish();
+        }
     }
 
     /// The shim is to end.

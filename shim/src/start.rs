@@ -121,5 +121,6 @@ mod tests {
         let parsed: serde_json::Value = serde_json::from_str(&answer("unix:///run/x", Some("3"))).unwrap();
         assert_eq!(parsed["version"], 3);
         assert_eq!(parsed["protocol"], "ttrpc");
+        assert_eq!(parsed["extensions"][0]["value"]["type_url"], MOUNT_CAPABILITIES.0);
     }
 }

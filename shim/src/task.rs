@@ -131,8 +131,10 @@ impl Task for TaskService {
 
     #[tracing::instrument(level = "debug", skip_all, fields(id = r.id))]
     async fn create(&self, _: &TtrpcContext, r: CreateTaskRequest) -> TtrpcResult<CreateTaskResponse> {
-        let id = r.id.clone();
-        self.make(r).await.inspect_err(|error| tracing::warn!(id, %error, "create"))
+        let (id, caller) = (r.id.clone(), self.0.caller());
+        let made = self.make(r).await;
+        caller.answered();
+        made.inspect_err(|error| tracing::warn!(id, %error, "create"))
     }
 
     #[tracing::instrument(level = "debug", skip_all, fields(id = r.id))]

@@ -212,3 +212,12 @@ fn shim_killed_at_each_stage() {
 fn containerd_killed_at_each_stage() {
     killed_at_each_stage(Victim::Containerd, Release::Two);
 }
+
+/// What containerd 1.6 does not know of after its end, it never ends: the pod has to.
+#[test]
+fn containerd_one_killed_before_it_knows_its_pod() {
+    let containerd = Containerd::start_for_pods(Release::One);
+    killed(&containerd, Stage::Booting, Victim::Containerd);
+    Pod::remove_all(&containerd);
+    containerd.leaves_nothing();
+}

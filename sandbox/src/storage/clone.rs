@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
-use rustix::fs::{SeekFrom, copy_file_range, ioctl_ficlone, seek};
+use rustix::fs::{FallocateFlags, SeekFrom, copy_file_range, fallocate, ioctl_ficlone, seek};
 use rustix::io::Errno;
 
 /// Makes `to` (replacing what is there) a copy of `from`: shared extents where the file system can, else only the data is copied.
@@ -26,6 +26,47 @@ pub(super) fn clone_sparse(from: &Path, to: &Path) -> io::Result<()> {
         let end = seek(&source, SeekFrom::Hole(start))?;
         copy_extent(&source, &target, start, end)?;
         at = end;
+    }
+    Ok(())
+}
+
+/// Most bytes that are looked at at once.
+const AT_ONCE: usize = 1 << 20;
+/// What is a hole or not.
+const BLOCK_BYTES: usize = 4096;
+
+/// Makes holes where a file has blocks of zeroes. Where the file system cannot, they stay.
+pub(super) fn dig_holes(path: &Path) -> io::Result<()> {
+    use std::os::unix::fs::FileExt;
+    let file = File::options().read(true).write(true).open(path)?;
+    let len = file.metadata()?.len();
+    let mut buffer = vec![0; AT_ONCE];
+    let mut at = 0;
+    while at < len {
+        let start = match seek(&file, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => break,
+            Err(error) => return Err(error.into()),
+        };
+        let end = seek(&file, SeekFrom::Hole(start))?;
+        let want = usize::try_from(end - start).unwrap_or(usize::MAX).min(buffer.len());
+        let part = buffer.get_mut(..want).unwrap_or_default();
+        file.read_exact_at(part, start)?;
+        let is_zero = |block: &[u8]| block.iter().all(|byte| *byte == 0);
+        let mut offset = start;
+        let blocks: Vec<&[u8]> = part.chunks(BLOCK_BYTES).collect();
+        for run in blocks.chunk_by(|one, next| is_zero(one) == is_zero(next)) {
+            let bytes = run.iter().map(|block| block.len() as u64).sum();
+            if run.first().is_some_and(|block| is_zero(block)) {
+                let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                match fallocate(&file, how, offset, bytes) {
+                    Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            offset += bytes;
+        }
+        at = offset;
     }
     Ok(())
 }
@@ -91,5 +132,20 @@ mod tests {
             clone_sparse(&from, &to).unwrap();
             assert_eq!(std::fs::read_to_string(&to).unwrap(), text);
         }
+    }
+
+    #[test]
+    fn zeroes_become_holes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        let mut content = vec![0; 3 << 20];
+        for at in [0, 4095, 5 * 4096 + 7, (1 << 20) - 1, (2 << 20) + 9] {
+            content[at] = 1;
+        }
+        std::fs::write(&path, &content).unwrap();
+        dig_holes(&path).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), content);
+        let blocks = std::fs::metadata(&path).unwrap().blocks() * 512;
+        assert!(blocks <= 5 * 4096, "{blocks} bytes for five blocks");
     }
 }

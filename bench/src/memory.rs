@@ -8,11 +8,22 @@ use crate::containers::Bench;
 use crate::report::Report;
 
 const KIB_PER_MIB: f64 = 1024.0;
-/// What a VMM's mapping of its guest's memory is called: that of a booted machine, and of one that goes on from a template.
+/// What a VMM's mapping of its guest's memory is called: one that a file server sees too, and that of a machine that goes on from a template.
 const GUEST_MEMORY: [&str; 2] = ["memfd:", "/templates/vm-"];
+/// Without a name it is at least this long (no guest has less), and longer than all else that a VMM maps without one.
+const LEAST_GUEST_BYTES: u64 = 32 << 20;
 
-fn is_guest_memory(name: &str) -> bool {
-    GUEST_MEMORY.iter().any(|part| name.contains(part))
+/// Whether a mapping, by the line that it begins with (`55d0-55d4 rw-p …`), is a guest's memory.
+fn is_guest_memory(line: &str) -> bool {
+    let mut words = line.split_whitespace();
+    let bytes = words.next().and_then(|range| {
+        let (start, end) = range.split_once('-')?;
+        u64::from_str_radix(end, 16).ok()?.checked_sub(u64::from_str_radix(start, 16).ok()?)
+    });
+    match words.nth(4) {
+        Some(name) => GUEST_MEMORY.iter().any(|part| name.contains(part)),
+        None => bytes >= Some(LEAST_GUEST_BYTES),
+    }
 }
 
 /// Starts idle containers under each contender, and adds up their processes.
@@ -25,7 +36,7 @@ pub(crate) fn measure(bench: &Bench, count: u32, report: &mut Report) -> Result<
                 let Ok(maps) = std::fs::read_to_string(format!("/proc/{pid}/smaps")) else { continue };
                 pss += total(&maps, "Pss:", |_| true);
                 if comm(pid) == "hyper-vmm" {
-                    overhead += total(&maps, "Rss:", |name| !is_guest_memory(name));
+                    overhead += total(&maps, "Rss:", |line| !is_guest_memory(line));
                 }
             }
             report.add(
@@ -52,7 +63,7 @@ fn comm(pid: u32) -> String {
     std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned()
 }
 
-/// Sums a field of `/proc/PID/smaps` (KiB) over the mappings whose name fits.
+/// Sums a field of `/proc/PID/smaps` (KiB) over the mappings whose first line fits.
 fn total(maps: &str, field: &str, fits: impl Fn(&str) -> bool) -> u64 {
     let (mut sum, mut counts) = (0, false);
     for line in maps.lines() {
@@ -62,7 +73,7 @@ fn total(maps: &str, field: &str, fits: impl Fn(&str) -> bool) -> u64 {
                 sum += words.next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or_default();
             }
             // A mapping begins with its addresses; the name is the sixth word.
-            Some(word) if !word.ends_with(':') => counts = fits(words.nth(4).unwrap_or_default()),
+            Some(word) if !word.ends_with(':') => counts = fits(line),
             _ => {}
         }
     }
@@ -96,13 +107,14 @@ mod tests {
 
     const MAPS: &str = "55d0-55d1 r--p 00000000 00:2d 7 /usr/bin/x\nSize: 4 kB\nRss: 4 kB\nPss: 2 kB\n\
         7f00-7f10 rw-s 00000000 00:01 9 /memfd:guest (deleted)\nRss: 100 kB\nPss: 100 kB\nVmFlags: rd wr\n\
+        7f0010000000-7f0014000000 rw-p 00000000 00:00 0\nRss: 5000 kB\nPss: 5000 kB\n\
         7f10-7f11 rw-p 00000000 00:00 0\nRss: 8 kB\nPss: 8 kB\n";
 
     #[test]
     fn fields_are_summed_by_mapping() {
-        assert_eq!(total(MAPS, "Pss:", |_| true), 110);
-        assert_eq!(total(MAPS, "Rss:", |name| !is_guest_memory(name)), 12);
-        assert!(is_guest_memory("/var/lib/hyper/templates/vm-0123/memory"));
+        assert_eq!(total(MAPS, "Pss:", |_| true), 5110);
+        assert_eq!(total(MAPS, "Rss:", |line| !is_guest_memory(line)), 12);
+        assert!(is_guest_memory("7f00-7f10 rw-p 00000000 00:2d 7 /var/lib/hyper/templates/vm-0123/memory"));
     }
 
     #[test]

@@ -181,9 +181,18 @@ fn turns(
     for round in 0..options.runs + options.warm_up {
         for contender in &bench.contenders {
             program::settle();
-            let ms = measure(contender).with_context(|| format!("{name}: {}", contender.name()))?;
+            let failed = || format!("{name}: {}", contender.name());
+            let (ms, work) = if report.facts.counts_instructions() {
+                program::at_work(|| measure(contender)).with_context(failed)?
+            } else {
+                (measure(contender).with_context(failed)?, None)
+            };
             if round >= options.warm_up {
                 report.add(name, "ms", contender.name(), ms);
+                if let Some(work) = work {
+                    let name = format!("{name}: instructions, what is left to the kernel included");
+                    report.add(&name, "million", contender.name(), work);
+                }
             }
         }
     }

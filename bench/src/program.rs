@@ -47,6 +47,39 @@ pub(crate) fn settle() {
     std::thread::sleep(SETTLE);
 }
 
+/// How long the processors have been at work since a point of [`idle_ns`] and [`now_us`], milliseconds: on the lab's clock, millions of
+/// instructions.
+#[expect(clippy::cast_precision_loss, reason = "a run is far below 2^52 ns")]
+fn busy_ms(start_us: u64, start_idle_ns: u64) -> Option<f64> {
+    let idle_ms = idle_ns()?.saturating_sub(start_idle_ns) as f64 / 1_000_000.0;
+    Some((ms_since(start_us) - idle_ms).max(0.0))
+}
+
+/// How long the processors have been idle, ns; none where the kernel does not say it that finely (`/proc/timer_list`).
+fn idle_ns() -> Option<u64> {
+    idle_of(&std::fs::read_to_string("/proc/timer_list").ok()?)
+}
+
+fn idle_of(timers: &str) -> Option<u64> {
+    let lines = timers.lines().filter_map(|line| line.trim().strip_prefix(".idle_sleeptime"));
+    let idle = lines.map(|line| line.trim_start_matches([' ', ':']).split(' ').next()?.parse::<u64>().ok());
+    idle.sum::<Option<u64>>().filter(|sum| *sum > 0)
+}
+
+/// Does something; with its outcome, how long the one processor of the lab was at work for it, with what is left to the kernel afterwards
+/// and without what the machine does when nobody asks for anything.
+pub(crate) fn at_work<T>(what: impl FnOnce() -> Result<T>) -> Result<(T, Option<f64>)> {
+    let watch = || idle_ns().map(|idle| (now_us(), idle));
+    let before = watch();
+    settle();
+    let nothing = before.and_then(|(start, idle)| busy_ms(start, idle));
+    let before = watch();
+    let done = what()?;
+    settle();
+    let all = before.and_then(|(start, idle)| busy_ms(start, idle));
+    Ok((done, all.zip(nothing).map(|(all, nothing)| (all - nothing).max(0.0))))
+}
+
 /// A command without input and output, whose complaints are kept for the error.
 pub(crate) fn quiet(program: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(program);
@@ -148,6 +181,14 @@ impl Drop for Waited {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn idle_time_is_that_of_all_processors() {
+        let timers = "cpu: 0\n  .nohz_mode      : 2\n  .idle_sleeptime : 1000 nsecs\ncpu: 1\n  .idle_sleeptime : 234 nsecs\n";
+        assert_eq!(idle_of(timers), Some(1234));
+        assert_eq!(idle_of("  .idle_sleeptime : some nsecs\n"), None);
+        assert_eq!(idle_of(""), None);
+    }
 
     #[test]
     fn a_failure_is_one_line() {

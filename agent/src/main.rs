@@ -6,7 +6,7 @@
 //! ```text
 //! boot ─▶ service ─▶ request ─▶ sandbox ─▶ container ─▶ process ─▶ spawn ══▶ child (create, exec, archive)
 //!                                  │            └▶ cgroup   └▶ stdio ◀─ streams
-//!                                  └▶ net, unpack, events, reaper
+//!                                  └▶ net, unpack, events, reaper, trace
 //! ```
 
 mod bays;
@@ -36,6 +36,7 @@ mod stdio;
 mod streams;
 mod sys;
 mod sysctl;
+mod trace;
 mod unpack;
 
 use std::process::ExitCode;

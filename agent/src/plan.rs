@@ -7,6 +7,7 @@
 //! agent                                          child
 //!   | -- 4 bytes length, plan as JSON ----------> |
 //!   | <-- {"pid": n} ---------------------------- | (create and exec: the process that goes on)
+//!   | <-- {"steps": …} -------------------------- | (create, when the request is traced)
 //!   | <-- {"ready": …} + terminal descriptor ---- | created
 //!   | -- 's' -----------------------------------> | start
 //!   | <-- end of stream, or {"exec_failed": …} -- | the program runs, or not
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::ErrorKind;
 use crate::spec::{CapabilitySpec, DeviceSpec, MountSpec, ProcessSpec, SeccompSpec};
+use crate::trace::Step;
 
 /// Largest plan, bytes: a specification, its mounts and 16 injected files at most, as JSON.
 pub(crate) const MAX_PLAN_BYTES: usize = 48 << 20;
@@ -72,6 +74,8 @@ pub(crate) struct CreatePlan {
     pub readonly_paths: Vec<String>,
     /// Put an init of ours as PID 1.
     pub init: bool,
+    /// Its steps are to be reported.
+    pub traced: bool,
     pub process: ProcessPlan,
 }
 
@@ -205,6 +209,8 @@ pub(crate) struct ArchivePlan {
 pub(crate) enum Report {
     /// The process that goes on, in the agent's pid namespace.
     Pid(u32),
+    /// What was done until now, for who asked.
+    Steps(Vec<Step>),
     /// Created, waiting for [`START`]. With a terminal, its descriptor travels along.
     Ready,
     /// Not created.

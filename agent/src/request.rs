@@ -122,6 +122,7 @@ pub(crate) fn create_plan(
         masked_paths: spec.linux.masked_paths,
         readonly_paths: spec.linux.readonly_paths,
         init: request.init,
+        traced: crate::trace::is_on(),
         process: ProcessPlan {
             no_new_privileges: spec.process.no_new_privileges.unwrap_or_default(),
             process: spec.process,

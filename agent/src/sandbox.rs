@@ -20,6 +20,7 @@ use crate::sockets::HostSockets;
 use crate::spawn::Spawned;
 use crate::stdio::ChildStdio;
 use crate::streams::Streams;
+use crate::trace::{Steps, Traces};
 use crate::{bays, cgroup, log};
 
 /// Most containers in one sandbox.
@@ -35,6 +36,7 @@ pub(crate) struct Sandbox {
     pub reaper: Arc<Reaper>,
     pub streams: Arc<Streams>,
     pub events: Arc<Events>,
+    pub traces: Traces,
     pub loopback: Loopback,
     pub sockets: HostSockets,
     containers: Mutex<BTreeMap<String, Slot>>,
@@ -215,11 +217,15 @@ impl Sandbox {
         };
         // Should it fail or be given up, the container stays in its place.
         reservation.then = Some(Arc::clone(&container));
+        let mut steps = Steps::default();
+        steps.next("end processes");
         container.destroy().await?;
         reservation.then = None;
         // Its mounts go with the last who knows it.
+        steps.next("let go of mounts and disks");
         drop(container);
         self.disks.let_go(id).await;
+        steps.next("write back");
         if !self.shares.lock().await.is_empty() {
             // Shares stay mounted: what was written through a mapping is on its way yet, and the host may end the machine next.
             sync().await;

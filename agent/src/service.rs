@@ -9,8 +9,8 @@ use hyper_protocol::rpc::agent::{
     ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateContainerResponse, CreateProcessRequest,
     CreateProcessResponse, Empty, ExitStatus, ListProcessesResponse, NextEventsRequest, NextEventsResponse,
     PathStat, ProcessRef, ResizeTerminalRequest, SandboxEvent, SetClockRequest, SetProcessorsRequest,
-    SignalProcessRequest, StartProcessResponse, StatPathRequest, StatsResponse, UnpackImageRequest,
-    UnpackImageResponse, UpdateContainerRequest, sandbox_event,
+    SignalProcessRequest, StartProcessResponse, StatPathRequest, StatsResponse, TakeSpansRequest,
+    TakeSpansResponse, UnpackImageRequest, UnpackImageResponse, UpdateContainerRequest, sandbox_event,
 };
 use hyper_protocol::rpc::agent_ttrpc::Agent;
 use ttrpc::r#async::TtrpcContext;
@@ -27,6 +27,7 @@ use crate::request;
 use crate::sandbox::{self, Direction, Sandbox};
 use crate::spec::{ResourceSpec, Spec};
 use crate::stdio::Connections;
+use crate::trace::Steps;
 use crate::{processors, sysctl, unpack};
 
 /// Highest signal number.
@@ -73,6 +74,8 @@ impl AgentService {
 
     async fn set_up(&self, request: ConfigureRequest) -> Result<ConfigureResponse, AgentError> {
         self.sandbox.configure_once()?;
+        let mut steps = Steps::default();
+        steps.next("clock and entropy");
         sandbox::set_clock(request.time_unix_ns)?;
         sandbox::add_entropy(&request.entropy)?;
         let hostname = &request.hostname;
@@ -86,6 +89,7 @@ impl AgentService {
         if request.sysctls.len() > MAX_SYSCTLS {
             return Err(AgentError::limit("sysctls", MAX_SYSCTLS));
         }
+        steps.next("sysctls");
         for (name, value) in sysctl::DEFAULTS {
             // A kernel built without one of these needs no default for it.
             let _ = sysctl::set(name, value);
@@ -93,10 +97,12 @@ impl AgentService {
         for (name, value) in &request.sysctls {
             sysctl::set(name, value)?;
         }
+        steps.next("network");
         net::configure::apply(&request.interfaces, &request.routes)?;
         if request.dns_proxy {
             net::dns::start().await?;
         }
+        steps.next("cgroups and folders");
         self.sandbox.prepare()?;
         let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
         Ok(ConfigureResponse {
@@ -113,10 +119,13 @@ impl AgentService {
         let id = request.container_id.clone();
         let reservation = self.sandbox.reserve(&id)?;
         self.sandbox.prepare()?;
+        let mut steps = Steps::default();
+        steps.next("bind disks");
         let wishes = std::mem::take(&mut request.disks);
         let bound = tokio::task::spawn_blocking(move || Disks::bind(&wishes)).await;
         let disks = bound.map_err(|_| AgentError::state("the thread that binds disks has ended"))??;
         bays::add_devices(&mut spec, &request.block_devices)?;
+        steps.next("make the cgroup");
         let cgroup = Cgroup::create(&id, &spec.linux.resources)?;
         let mut guard = CgroupGuard(Some(cgroup.clone()));
         let devices = request::device_rules(&spec);
@@ -130,13 +139,17 @@ impl AgentService {
             other => Some(self.sandbox.container(other)?),
         };
         let plan = request::create_plan(request, spec, &cgroup)?;
+        steps.next("mount shares");
         self.sandbox.mount_shares(request::shares(&plan)).await?;
         self.sandbox.mount_memory(request::shared_memory(&plan)).await?;
         let sockets = self.sandbox.sockets.stand_in(&plan)?;
+        steps.next("claim streams");
         let connections = Connections::claim(&self.sandbox.streams, ids).await?;
+        steps.next("make the first process");
         let surroundings = (cgroup, shared_pids.as_deref(), shared_ipc.as_deref());
         let container =
             Container::create(&id, &self.sandbox.reaper, plan, connections, sockets, surroundings).await?;
+        steps.next("fence devices");
         // Only now: until here its first process has opened disks, which the program to come must not.
         container.cgroup().allow_devices(&devices)?;
         container.watch_memory(&self.sandbox.events);
@@ -153,7 +166,10 @@ impl AgentService {
         let ids = [request.stdio.stdin, request.stdio.stdout, request.stdio.stderr];
         let plan = request::process_plan(request, &container)?;
         container.can_run()?;
+        let mut steps = Steps::default();
+        steps.next("claim streams");
         let connections = Connections::claim(&self.sandbox.streams, ids).await?;
+        steps.next("make the process");
         let process = container.add_process(&self.sandbox.reaper, &id, plan, connections).await?;
         Ok(process.pid().as_raw_nonzero().get().unsigned_abs())
     }
@@ -251,38 +267,40 @@ fn done(result: Result<(), AgentError>) -> ttrpc::Result<Empty> {
 
 #[async_trait]
 impl Agent for AgentService {
-    async fn configure(&self, _: &TtrpcContext, r: ConfigureRequest) -> ttrpc::Result<ConfigureResponse> {
-        Ok(self.set_up(r).await?)
+    async fn configure(&self, c: &TtrpcContext, r: ConfigureRequest) -> ttrpc::Result<ConfigureResponse> {
+        Ok(self.sandbox.traces.record(c, "Configure", self.set_up(r)).await?)
     }
 
     async fn set_clock(&self, _: &TtrpcContext, r: SetClockRequest) -> ttrpc::Result<Empty> {
         done(sandbox::set_clock(r.time_unix_ns))
     }
 
-    async fn configure_network(&self, _: &TtrpcContext, r: ConfigureNetworkRequest) -> ttrpc::Result<Empty> {
-        done(net::configure::apply_all(&r.interfaces, &r.routes, &r.neighbours))
+    async fn configure_network(&self, c: &TtrpcContext, r: ConfigureNetworkRequest) -> ttrpc::Result<Empty> {
+        let apply = async { net::configure::apply_all(&r.interfaces, &r.routes, &r.neighbours) };
+        done(self.sandbox.traces.record(c, "ConfigureNetwork", apply).await)
     }
 
     async fn create_container(
         &self,
-        _: &TtrpcContext,
+        c: &TtrpcContext,
         r: CreateContainerRequest,
     ) -> ttrpc::Result<CreateContainerResponse> {
-        let pid = self.make_container(r).await?;
+        let make = self.make_container(r);
+        let pid = self.sandbox.traces.record(c, "CreateContainer", make).await?;
         Ok(CreateContainerResponse { pid, ..CreateContainerResponse::default() })
     }
 
     async fn create_process(
         &self,
-        _: &TtrpcContext,
+        c: &TtrpcContext,
         r: CreateProcessRequest,
     ) -> ttrpc::Result<CreateProcessResponse> {
-        let pid = self.make_process(r).await?;
+        let pid = self.sandbox.traces.record(c, "CreateProcess", self.make_process(r)).await?;
         Ok(CreateProcessResponse { pid, ..CreateProcessResponse::default() })
     }
 
-    async fn start_process(&self, _: &TtrpcContext, r: ProcessRef) -> ttrpc::Result<StartProcessResponse> {
-        Ok(self.begin(r).await?)
+    async fn start_process(&self, c: &TtrpcContext, r: ProcessRef) -> ttrpc::Result<StartProcessResponse> {
+        Ok(self.sandbox.traces.record(c, "StartProcess", self.begin(r)).await?)
     }
 
     async fn wait_process(&self, _: &TtrpcContext, r: ProcessRef) -> ttrpc::Result<ExitStatus> {
@@ -338,8 +356,9 @@ impl Agent for AgentService {
         done(set.unwrap_or_else(|_| Err(AgentError::state("the thread has ended"))))
     }
 
-    async fn delete_container(&self, _: &TtrpcContext, r: ContainerRef) -> ttrpc::Result<Empty> {
-        done(self.sandbox.delete(&r.container_id).await)
+    async fn delete_container(&self, c: &TtrpcContext, r: ContainerRef) -> ttrpc::Result<Empty> {
+        let delete = self.sandbox.delete(&r.container_id);
+        done(self.sandbox.traces.record(c, "DeleteContainer", delete).await)
     }
 
     async fn read_archive(&self, _: &TtrpcContext, r: ArchiveRequest) -> ttrpc::Result<ArchiveResponse> {
@@ -370,6 +389,11 @@ impl Agent for AgentService {
         let events = self.sandbox.events.next(Duration::from_millis(r.timeout_ms.into())).await;
         let events = events.into_iter().map(event).collect();
         Ok(NextEventsResponse { events, ..NextEventsResponse::default() })
+    }
+
+    async fn take_spans(&self, _: &TtrpcContext, r: TakeSpansRequest) -> ttrpc::Result<TakeSpansResponse> {
+        let spans = self.sandbox.traces.take(r.trace, &r.call);
+        Ok(TakeSpansResponse { spans, ..TakeSpansResponse::default() })
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {

@@ -18,6 +18,7 @@ use crate::error::{AgentError, ErrorKind, Tried};
 use crate::plan::{MAX_PLAN_BYTES, MAX_REPORT_BYTES, Plan, Report, START};
 use crate::reaper::Reaper;
 use crate::stdio::ChildStdio;
+use crate::trace;
 
 /// How long the whole of a creation may take: it may copy a large folder into a new volume.
 const CREATE_TIMEOUT: Duration = Duration::from_secs(600);
@@ -57,6 +58,7 @@ impl Spawned {
         stdio: ChildStdio,
         keep: &[BorrowedFd<'_>],
     ) -> Result<Self, AgentError> {
+        let _step = trace::span("start a child program");
         let json =
             serde_json::to_vec(plan).map_err(|e| AgentError::invalid(format!("write the plan: {e}")))?;
         if json.len() > MAX_PLAN_BYTES {
@@ -142,6 +144,7 @@ impl Spawned {
     /// # Errors
     /// What failed in the child, in its words.
     pub(crate) async fn created(mut self, reaper: &Reaper) -> Result<CreatedProcess, AgentError> {
+        let _step = trace::span("child program");
         let mut pid = None;
         let result = timeout(CREATE_TIMEOUT, self.wait_created(&mut pid)).await.unwrap_or_else(|_| {
             Err(AgentError::refused(ErrorKind::Deadline, "making the process took too long"))
@@ -169,6 +172,7 @@ impl Spawned {
             match self.next().await? {
                 Some(Report::Pid(number)) => *pid = i32::try_from(number).ok().and_then(Pid::from_raw),
                 Some(Report::Ready) => ready = true,
+                Some(Report::Steps(steps)) => trace::add(steps),
                 Some(Report::Failed { kind, message }) => {
                     failed = Some(AgentError::refused(kind, message));
                 }
@@ -184,6 +188,7 @@ impl Spawned {
     /// # Errors
     /// It is gone.
     pub(crate) async fn run(mut self) -> Result<Option<ExecFailure>, AgentError> {
+        let _step = trace::span("execute the program");
         self.control.write_all(&[START]).await.tried(|| "start the process".to_owned())?;
         let wait = async {
             match self.next().await? {

@@ -45,5 +45,14 @@ pub const MAX_DNS_MESSAGE_BYTES: usize = 65_535;
 pub const MAX_DISK_PARTS: usize = 160;
 /// How long an unclaimed stream connection is kept, milliseconds.
 pub const STREAM_CLAIM_TIMEOUT_MS: u64 = 10_000;
+/// Metadata of a request whose steps in the guest are to be kept for `TakeSpans`: a number other than 0.
+pub const TRACE_KEY: &str = "hyper-trace";
+/// Requests whose steps are kept, by their method.
+pub const TRACED_CALLS: [&str; 6] =
+    ["Configure", "ConfigureNetwork", "CreateContainer", "CreateProcess", "DeleteContainer", "StartProcess"];
+/// Most steps of one request: making a container has about twenty.
+pub const MAX_TRACE_SPANS: usize = 64;
+/// Longest name of a step, bytes.
+pub const MAX_SPAN_NAME_BYTES: usize = 48;
 /// Virtio-fs tag of the share that holds all host directories of a sandbox, one directory or file each.
 pub const SHARE_TAG: &str = "hyper";

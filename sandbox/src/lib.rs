@@ -30,6 +30,7 @@ mod stream;
 mod supervisor;
 mod sys;
 mod sys_bpf;
+mod trace;
 
 pub use clock::{Timestamp, TimestampError};
 pub use config::{
@@ -50,3 +51,4 @@ pub use store::{
 };
 pub use stream::{AttachInput, AttachOptions, AttachOutput, Attached, FrameError, Output, TerminalSize};
 pub use supervisor::supervise;
+pub use trace::{Export, Exporter, GuestSpan, settle_guest_spans, trace_guests};

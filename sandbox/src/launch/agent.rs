@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use hyper_protocol::rpc::agent_ttrpc::AgentClient;
-use hyper_protocol::{DOORBELL_MAX_BYTES, Doorbell, RPC_PORT, STREAM_PORT};
+use hyper_protocol::{DOORBELL_MAX_BYTES, Doorbell, RPC_PORT, STREAM_PORT, TRACE_KEY};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
@@ -39,9 +39,18 @@ impl std::fmt::Debug for Agent {
     }
 }
 
-/// What goes with a request: its deadline; `None` for one that waits.
+/// What goes with a request: its deadline, `None` for one that waits; and that its steps are to be kept, when spans are exported.
 pub(crate) fn context(limit: Option<Duration>) -> ttrpc::context::Context {
-    limit.map_or_else(|| ttrpc::context::with_timeout(0), ttrpc::context::with_duration)
+    let mut context = limit.map_or_else(|| ttrpc::context::with_timeout(0), ttrpc::context::with_duration);
+    if let Some(trace) = crate::trace::key() {
+        context.add(TRACE_KEY.to_owned(), trace.to_string());
+    }
+    context
+}
+
+/// The deadline of a request that is never traced.
+pub(crate) fn untraced(limit: Duration) -> ttrpc::context::Context {
+    ttrpc::context::with_duration(limit)
 }
 
 /// The deadline of a request that needs no waiting.

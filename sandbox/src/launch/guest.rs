@@ -234,6 +234,7 @@ impl Guest {
         let sent = Instant::now();
         request.time_unix_ns = crate::clock::Timestamp::now().unix_ns();
         let configure = self.agent.rpc.configure(agent::call(), &request);
+        let configure = crate::trace::traced(&self.agent, "Configure", configure);
         let configured = self.until_end(configure).await?.map_err(agent::rpc_error("Configure"))?;
         if sent.elapsed() > CLOCK_ERROR {
             self.set_clock().await?;

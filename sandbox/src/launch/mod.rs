@@ -26,7 +26,7 @@ use std::time::Duration;
 
 use hyper_vmm_spec::SpecError;
 
-pub(crate) use agent::{Agent, Stream, call, context, rpc_error};
+pub(crate) use agent::{Agent, Stream, call, context, rpc_error, untraced};
 #[cfg(test)]
 pub(crate) use callers::testing as callers_testing;
 pub(crate) use callers::{Callers, HostPortPlan};

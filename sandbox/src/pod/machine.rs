@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use hyper_protocol::rpc::agent::ConfigureRequest;
 use tokio::sync::{Notify, watch};
+use tracing::Instrument;
 
 use super::bays::{Bays, MAX_BAYS};
 use super::cgroup::HostCgroup;
@@ -81,7 +82,9 @@ impl Machine {
         };
         let configure = ConfigureRequest { hostname: spec.hostname.clone(), ..Default::default() };
         let started = async {
-            let guest = Guest::start(plan, parts, &mut Steps::begin()).await?;
+            let mut steps = Steps::begin();
+            let boot = Guest::start(plan, parts, &mut steps);
+            let guest = boot.instrument(tracing::debug_span!("boot")).await?;
             let configured = guest.configure(configure).await?;
             Ok::<_, VmError>((guest, configured))
         };

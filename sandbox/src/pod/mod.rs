@@ -45,7 +45,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use hyper_protocol::rpc::agent::{NextEventsRequest, sandbox_event};
 use tokio::sync::watch;
 use tokio::time::timeout;
-use tracing::Instrument;
 
 use self::bays::Bays;
 use self::container::PodContainer;
@@ -58,6 +57,7 @@ use crate::clock::Timestamp;
 use crate::dirs::Parts;
 use crate::launch::{Agent, context, scaled_ms};
 use crate::sockets::HostSockets;
+use crate::trace::traced;
 
 pub use self::container::{BundleConfig, ContainerStatus};
 pub use self::error::PodError;
@@ -270,7 +270,7 @@ impl Sandbox {
         call: &'static str,
         answer: impl Future<Output = ttrpc::Result<T>>,
     ) -> Result<T, PodError> {
-        let answer = answer.instrument(tracing::debug_span!("agent", call));
+        let answer = traced(&self.agent, call, answer);
         let answer = tokio::select! {
             biased;
             end = self.ended() => return Err(PodError::Ended(end)),

@@ -82,6 +82,8 @@ pub(crate) struct Config {
     pub(crate) log_level: Option<String>,
     /// Prometheus text on a socket.
     pub(crate) metrics: bool,
+    /// Where spans go; counts more than the environment.
+    pub(crate) otlp_endpoint: Option<String>,
     allowed_annotations: BTreeSet<Setting>,
     /// Set by an annotation, so that it counts more than what the pod's resources ask for.
     #[serde(skip)]
@@ -104,11 +106,16 @@ struct Options {
     body: Vec<u8>,
 }
 
+/// Whether these are options of a runtime that is not runc, as this one is given them.
+pub(crate) fn is_ours(any: &Any) -> bool {
+    any.type_url.rsplit('/').next() == Some(OPTIONS)
+}
+
 impl Options {
     /// Reads containerd's message; options of other runtimes say nothing to this one.
     fn decode(any: &Any) -> Result<Self, protobuf::Error> {
         let mut options = Self::default();
-        if any.type_url.rsplit('/').next() != Some(OPTIONS) {
+        if !is_ours(any) {
             return Ok(options);
         }
         let mut input = CodedInputStream::from_bytes(&any.value);
@@ -183,6 +190,9 @@ impl Config {
         within("max_memory_mib", config.max_memory_mib, LEAST_MEM_MIB..=MAX_MEM_MIB)?;
         within("memory_mib", config.memory_mib, LEAST_MEM_MIB..=most_mib)?;
         within("boot_timeout_ms", config.boot_timeout_ms, BOOT_MS)?;
+        if let Some(Err(why)) = config.otlp_endpoint.as_deref().map(crate::trace::check) {
+            return Err(wrong(format!("otlp_endpoint = {why}")));
+        }
         for (key, path) in [("kernel", &config.kernel), ("initramfs", &config.initramfs)] {
             if let Some(path) = path.as_ref().filter(|path| !path.is_absolute()) {
                 return Err(wrong(format!("{key} = {:?}: an absolute path is needed", path.display())));
@@ -315,7 +325,7 @@ mod tests {
         let lines: Vec<_> =
             spoken.lines().filter(|line| !line.starts_with(' ') && line.contains(" = ")).collect();
         let config = Config::of(&lines.join("\n")).unwrap();
-        assert_eq!(lines.len(), 10, "{lines:?}");
+        assert_eq!(lines.len(), 11, "{lines:?}");
         let size = |config: &Config| config.size(None, None, 64).unwrap();
         assert_eq!(size(&config), size(&Config::default()));
         assert_eq!((config.max_vcpus, config.max_memory_mib), (Some(MAX_VCPUS), Some(MAX_MEM_MIB)));
@@ -332,6 +342,7 @@ mod tests {
             ("boot_timeout_ms = 1", "boot_timeout_ms = 1: from"),
             ("log_level = \"loud\"", "one of error, warn"),
             ("kernel = \"vmlinux\"", "absolute"),
+            ("otlp_endpoint = \"https://x\"", "https is not spoken"),
             ("allowed_annotations = [\"kernel\"]", "unknown variant `kernel`"),
         ] {
             let error = Config::of(text).unwrap_err().to_string();

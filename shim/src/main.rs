@@ -10,8 +10,8 @@
 //! the network namespace belong to it.
 //!
 //! Files: `start`, `delete` and `info` (short-lived), `serve` (the long one), `service` (what the services share), `task`, `sandbox`,
-//! `publish` (events), `bundle` (config.json), `config` (the operator's), `encode` (messages), `status` (gRPC codes), `metrics`,
-//! `log`.
+//! `publish` (events), `bundle` (config.json), `config` (the operator's), `options` (the handler's), `encode` (messages), `status` (gRPC
+//! codes), `metrics`, `log`, `trace` (spans to a collector).
 
 mod bundle;
 mod config;
@@ -20,6 +20,7 @@ mod encode;
 mod info;
 mod log;
 mod metrics;
+mod options;
 mod publish;
 mod sandbox;
 mod serve;
@@ -27,6 +28,7 @@ mod service;
 mod start;
 mod status;
 mod task;
+mod trace;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -54,7 +56,7 @@ enum ShimError {
     NotStarted(String),
     #[error("ttrpc: {0}")]
     Ttrpc(#[from] containerd_shim_protos::ttrpc::Error),
-    #[error("cannot encode an answer: {0}")]
+    #[error("cannot encode or decode a message: {0}")]
     Encode(#[from] protobuf::Error),
 }
 
@@ -75,7 +77,10 @@ fn run() -> Result<(), ShimError> {
         return answer(&info::run()?);
     }
     match flags.action.as_str() {
-        "start" => say(&start::run(&flags)?),
+        "start" => {
+            options::keep(&std::env::current_dir().map_err(ShimError::io("find", "the bundle"))?)?;
+            say(&start::run(&flags)?)
+        }
         "delete" => answer(&delete::run(&flags)?),
         _ => serve::run(&flags),
     }

@@ -18,7 +18,7 @@ use containerd_shim_protos::types::platform::Platform;
 use hyper_sandbox::Timestamp;
 
 use crate::bundle::pod_size;
-use crate::config::Config;
+use crate::config::{Config, is_ours};
 use crate::service::{Service, Wish};
 use crate::{encode, metrics, status};
 
@@ -82,6 +82,7 @@ fn field(message: &[u8], tag: u32) -> Result<Vec<u8>, protobuf::Error> {
 
 #[async_trait]
 impl Sandbox for SandboxService {
+    #[tracing::instrument(level = "debug", skip_all, fields(id = r.sandbox_id))]
     async fn create_sandbox(
         &self,
         _: &TtrpcContext,
@@ -91,7 +92,9 @@ impl Sandbox for SandboxService {
             return Err(status::unimplemented("the host's network (hostNetwork)"));
         }
         let annotations = r.annotations.iter().map(|(name, value)| (name.clone(), value.clone())).collect();
-        let config = Config::load(r.options.as_ref(), &annotations).map_err(status::of_config)?;
+        // containerd fills this place with the pod's configuration; those of the handler come with the start.
+        let own = r.options.as_ref().filter(|any| is_ours(any)).or(self.service.options.as_ref());
+        let config = Config::load(own, &annotations).map_err(status::of_config)?;
         let size = pod_size(&r.annotations, &config).map_err(status::of_config)?;
         let cgroup = pod_cgroup(&r).map_err(|error| status::of_config(error.into()))?;
         let mut wish = self.wish();
@@ -103,6 +106,7 @@ impl Sandbox for SandboxService {
         Ok(CreateSandboxResponse::new())
     }
 
+    #[tracing::instrument(level = "debug", skip_all, fields(id = r.sandbox_id))]
     async fn start_sandbox(
         &self,
         _: &TtrpcContext,
@@ -126,6 +130,7 @@ impl Sandbox for SandboxService {
         Ok(PlatformResponse { platform: MessageField::some(platform), ..Default::default() })
     }
 
+    #[tracing::instrument(level = "debug", skip_all)]
     async fn stop_sandbox(
         &self,
         _: &TtrpcContext,
@@ -138,6 +143,7 @@ impl Sandbox for SandboxService {
         Ok(StopSandboxResponse::new())
     }
 
+    #[tracing::instrument(level = "debug", skip_all)]
     async fn wait_sandbox(
         &self,
         _: &TtrpcContext,
@@ -153,6 +159,7 @@ impl Sandbox for SandboxService {
         })
     }
 
+    #[tracing::instrument(level = "debug", skip_all, fields(id = r.sandbox_id))]
     async fn sandbox_status(
         &self,
         _: &TtrpcContext,
@@ -176,6 +183,7 @@ impl Sandbox for SandboxService {
         Ok(PingResponse::new())
     }
 
+    #[tracing::instrument(level = "debug", skip_all)]
     async fn shutdown_sandbox(
         &self,
         _: &TtrpcContext,
@@ -185,6 +193,7 @@ impl Sandbox for SandboxService {
         Ok(ShutdownSandboxResponse::new())
     }
 
+    #[tracing::instrument(level = "debug", skip_all, fields(id = r.sandbox_id))]
     async fn sandbox_metrics(
         &self,
         _: &TtrpcContext,

@@ -1,11 +1,13 @@
 //! The pod's shim: listens, serves until containerd wants no more of it, and ends the machine.
 
+use std::collections::BTreeMap;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use containerd_shim::Flags;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::create_task;
 use containerd_shim_protos::ttrpc::r#async::Server;
@@ -16,10 +18,13 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
 
 use crate::ShimError;
+use crate::bundle::Bundle;
+use crate::config::Config;
 use crate::publish::Publisher;
 use crate::sandbox::SandboxService;
 use crate::service::Service;
 use crate::task::TaskService;
+use crate::trace::Tracing;
 
 const TASK_V2: &str = "containerd.task.v2.Task";
 const TASK_V3: &str = "containerd.task.v3.Task";
@@ -42,15 +47,38 @@ pub(crate) fn run(flags: &Flags) -> Result<(), ShimError> {
     let _ = rustix::process::setsid();
     // Before there is a second thread.
     hyper_sandbox::pod::private_mounts()?;
-    crate::log::start(&bundle, flags.debug, &flags.id);
+    let options = crate::options::kept(&bundle);
+    // Before this thread enters the network of the pod.
+    let tracing = start_tracing(flags, &bundle, options.as_ref());
+    crate::log::start(&bundle, flags, tracing.as_ref().ok().and_then(Option::as_ref));
+    let tracing = tracing.unwrap_or_else(|why| {
+        // A pod without traces is better than none.
+        tracing::warn!(why, "no spans are exported");
+        None
+    });
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(ShimError::io("start", "the runtime"))?;
     // One thread: every line of the log is in this span, with the pod's id.
     let pod = tracing::info_span!("pod", id = flags.id, namespace = flags.namespace);
-    pod.in_scope(|| runtime.block_on(serve(flags, &ttrpc)))
+    let is_traced = tracing.is_some();
+    pod.in_scope(|| {
+        let served = runtime.block_on(serve(flags, &ttrpc, options, is_traced));
+        if let Some(tracing) = tracing {
+            tracing.finish();
+        }
+        served
+    })
 }
 
-async fn serve(flags: &Flags, ttrpc: &str) -> Result<(), ShimError> {
+/// The way to the collector that the handler's configuration or the environment names. Mistakes in a configuration are told to who wants
+/// a container.
+fn start_tracing(flags: &Flags, bundle: &Path, options: Option<&Any>) -> Result<Option<Tracing>, String> {
+    let config = Config::load(options, &BTreeMap::new()).unwrap_or_default();
+    let annotations = Bundle::read(bundle).unwrap_or_default().annotations();
+    Tracing::start(config.otlp_endpoint.as_deref(), flags, &annotations)
+}
+
+async fn serve(flags: &Flags, ttrpc: &str, options: Option<Any>, is_traced: bool) -> Result<(), ShimError> {
     let path = flags.socket.strip_prefix("unix://").unwrap_or(&flags.socket);
     if let Some(folder) = Path::new(path).parent() {
         std::fs::create_dir_all(folder).map_err(ShimError::io("make", folder.display().to_string()))?;
@@ -59,7 +87,7 @@ async fn serve(flags: &Flags, ttrpc: &str) -> Result<(), ShimError> {
     let undo = Socket(path.into());
     let listener = Listener::try_from(listener).map_err(ShimError::io("listen on", path))?;
     let (publisher, delivery) = Publisher::start(ttrpc, &flags.namespace);
-    let service = Arc::new(Service::new(run_dir(&flags.socket), publisher));
+    let service = Arc::new(Service::new(run_dir(&flags.socket), options, publisher));
     let mut tasks = create_task(Arc::new(TaskService(Arc::clone(&service))));
     // The messages of version 3 are those of version 2.
     let again = create_task(Arc::new(TaskService(Arc::clone(&service))));
@@ -67,10 +95,11 @@ async fn serve(flags: &Flags, ttrpc: &str) -> Result<(), ShimError> {
         TASK_V2 => (TASK_V3.to_owned(), methods),
         _ => (name, methods),
     }));
-    let mut server = Server::new()
-        .add_listener(listener)
-        .register_service(tasks)
-        .register_service(create_sandbox(Arc::new(SandboxService::new(Arc::clone(&service)))));
+    tasks.extend(create_sandbox(Arc::new(SandboxService::new(Arc::clone(&service)))));
+    if is_traced {
+        tasks = crate::trace::continued(tasks);
+    }
+    let mut server = Server::new().add_listener(listener).register_service(tasks);
     server.start().await?;
     let ignored = tokio::spawn(ignore_signals());
     quiet()?;
@@ -78,6 +107,9 @@ async fn serve(flags: &Flags, ttrpc: &str) -> Result<(), ShimError> {
     service.done().await;
     tracing::info!("ending");
     drop(undo);
+    if is_traced {
+        Tracing::settle().await;
+    }
     service.end().await;
     match timeout(CLOSE_LIMIT, server.shutdown()).await {
         Ok(Ok(())) => {}

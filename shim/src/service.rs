@@ -31,6 +31,8 @@ pub(crate) struct Wish {
 /// The pod.
 pub(crate) struct Service {
     run_dir: PathBuf,
+    /// Of the runtime's handler, as they were when the shim was started.
+    pub(crate) options: Option<Any>,
     pub(crate) publisher: Publisher,
     sandbox: Mutex<Option<Arc<Sandbox>>>,
     /// Of the machine, once it was started.
@@ -62,9 +64,10 @@ impl Drop for Caller<'_> {
 }
 
 impl Service {
-    pub(crate) fn new(run_dir: PathBuf, publisher: Publisher) -> Self {
+    pub(crate) fn new(run_dir: PathBuf, options: Option<Any>, publisher: Publisher) -> Self {
         Self {
             run_dir,
+            options,
             publisher,
             sandbox: Mutex::new(None),
             pid: Arc::default(),

@@ -1,7 +1,10 @@
 //! Pods through the Container Runtime Interface, as a kubelet asks for them, with containerd 1.6 and 2.
 #![expect(clippy::indexing_slicing, clippy::unwrap_used, reason = "a panic is how a case fails")]
 
-use hyper_tests::{Containerd, HANDLER, Pod, PodSpec, Release, SANDBOX_HANDLER, answers_on, host, wait_for};
+use hyper_tests::{
+    CONFIGURED_HANDLERS, Containerd, HANDLER, Pod, PodSpec, Release, SANDBOX_HANDLER, answers_on, host,
+    wait_for,
+};
 use serde_json::json;
 
 fn pod_goes_through_its_life(release: Release, handler: &str) {
@@ -68,6 +71,29 @@ fn pod_of_containerd_two_goes_through_its_life() {
 #[test]
 fn pod_of_the_sandbox_api_goes_through_its_life() {
     pod_goes_through_its_life(Release::Two, SANDBOX_HANDLER);
+}
+
+#[test]
+fn handlers_of_the_sandbox_api_have_a_configuration() {
+    let containerd = Containerd::start_for_pods(Release::Two);
+    containerd.scratch().file("own.toml", "vcpus = 2\nmemory_mib = 256\n");
+    let [by_file, inline] = CONFIGURED_HANDLERS;
+    for (handler, memory) in [(by_file, "256"), (inline, "512")] {
+        let pod = Pod::run(&containerd, handler, &PodSpec::new(handler));
+        let main = pod.start("main", "sleep 1000", &json!({}));
+        pod.exec(&main, "nproc").ok().says("2");
+        // What the kernel keeps for itself is allowed for, more or less.
+        let size =
+            "awk '/MemTotal/ { print ($2 < N * 1055 && $2 > N * 820) ? \"right\" : $2 }' /proc/meminfo";
+        pod.exec(&main, &size.replace('N', memory)).ok().says("right");
+        pod.remove();
+    }
+    // What is wrong with it is told when the pod is made.
+    containerd.scratch().file("own.toml", "cpus = 2\n");
+    let done = Pod::request(&containerd, by_file, &PodSpec::new("wrong")).fails(1);
+    assert!(done.error().contains("unknown field `cpus`"), "{}", done.error());
+    Pod::remove_all(&containerd);
+    containerd.leaves_nothing();
 }
 
 #[test]

@@ -27,3 +27,4 @@ mod run;
 mod services;
 mod template;
 mod terminal;
+mod tracing;

@@ -13,6 +13,9 @@ pub const RUNTIME: &str = "io.containerd.hyper.v2";
 pub const HANDLER: &str = "hyper";
 /// The handler whose pods are made by the Sandbox API; of containerd 2.
 pub const SANDBOX_HANDLER: &str = "hyper-sandbox";
+/// Two more of those: one whose options name a file, `own.toml` in the folder of this containerd's files, and one whose options are the
+/// configuration: two processors.
+pub const CONFIGURED_HANDLERS: [&str; 2] = ["hyper-file", "hyper-inline"];
 /// Lines of containerd's log that a failure shows.
 const SHOWN_LINES: usize = 60;
 /// What the names of images in the archives begin with.
@@ -71,7 +74,13 @@ impl Containerd {
     /// Starts one with the image busybox.
     #[must_use]
     pub fn start_as(release: Release) -> Self {
-        let containerd = Self::prepare(release, "default", "", "");
+        Self::start_with_environment(release, "")
+    }
+
+    /// The same, with variables that it and its shims get, as a shell has them before a command.
+    #[must_use]
+    pub fn start_with_environment(release: Release, environment: &str) -> Self {
+        let containerd = Self::prepare(release, "default", "", environment);
         containerd.import("busybox");
         containerd
     }
@@ -122,7 +131,9 @@ impl Containerd {
         Self::start_for_pods_with(release, &environment)
     }
 
-    fn start_for_pods_with(release: Release, environment: &str) -> Self {
+    /// Starts one for pods, with variables that it and its shims get.
+    #[must_use]
+    pub fn start_for_pods_with(release: Release, environment: &str) -> Self {
         let (cri, _) = release.cri();
         let images = "io.containerd.cri.v1.images";
         let (pause, cni) = match release {
@@ -141,6 +152,14 @@ impl Containerd {
                 "[plugins.\"{cri}\".containerd.runtimes.{SANDBOX_HANDLER}]\nruntime_type = \"{RUNTIME}\"\n\
                  sandboxer = \"shim\"\n"
             ));
+            for (handler, options) in
+                CONFIGURED_HANDLERS.iter().zip(["ConfigPath = \"@/own.toml\"", "vcpus = 2"])
+            {
+                let table = format!("[plugins.\"{cri}\".containerd.runtimes.{handler}");
+                config.push_str(&format!(
+                    "{table}]\nruntime_type = \"{RUNTIME}\"\nsandboxer = \"shim\"\n{table}.options]\n{options}\n"
+                ));
+            }
         }
         let containerd = Self::prepare(release, "k8s.io", &config, environment);
         containerd.import("busybox");

@@ -5,6 +5,7 @@
 #![expect(clippy::panic, reason = "assertions of the cases; a panic is how a case fails")]
 
 mod cluster;
+mod collector;
 mod container;
 mod containerd;
 mod crictl;
@@ -23,8 +24,11 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 pub use cluster::{NODE, Node, documented};
+pub use collector::{Collector, Span, hanging_collector};
 pub use container::{Container, detached};
-pub use containerd::{Containerd, Events, HANDLER, RUNTIME, Release, SANDBOX_HANDLER, image_name};
+pub use containerd::{
+    CONFIGURED_HANDLERS, Containerd, Events, HANDLER, RUNTIME, Release, SANDBOX_HANDLER, image_name,
+};
 pub use crictl::Crictl;
 pub use docker::Docker;
 pub use nerdctl::Nerdctl;

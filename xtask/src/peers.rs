@@ -34,6 +34,7 @@ pub(crate) const MODULES: [Module; 2] = [
             "kubernetes_faults",
             "kubernetes_many",
             "nerdctl",
+            "tracing",
         ],
         source: "cri/main.go",
         packages: &["./cri", "tool"],

@@ -1,7 +1,7 @@
 //! A cluster of one node, set up by the guide for operators, with a kubelet: its guide is right, and a pod has what a pod has.
-#![expect(clippy::unwrap_used, reason = "a panic is how a case fails")]
+#![expect(clippy::panic, clippy::unwrap_used, reason = "a panic is how a case fails")]
 
-use hyper_tests::{NODE, Node, documented, given, host, note, wait_for};
+use hyper_tests::{NODE, Node, documented, given, host, installer_archive, note, wait_for};
 
 const GUIDE: &str = "docs/kubernetes.md";
 
@@ -40,7 +40,123 @@ fn guide_for_operators_leads_to_a_pod_with_everything() {
     node.kubectl("delete runtimeclass hyper").ok();
     node.shell("/opt/hyper/bin/hyper install containerd --uninstall").ok();
     node.shell("grep -c hyper /etc/containerd/config.toml").done().says("0");
+    node.shell("rm -r /opt/hyper").ok();
 }
+
+/// What the runtime has on a node.
+fn installed(node: &Node) -> String {
+    let places = "/opt/hyper /etc/hyper/containerd.toml /usr/local/bin/containerd-shim-hyper-v2";
+    node.shell(&format!("sha256sum /etc/containerd/config.toml; find {places} 2>/dev/null; true")).ok().text()
+}
+
+#[test]
+fn daemonset_installs_the_runtime_and_it_can_be_taken_out() {
+    let node = Node::start();
+    let before = installed(&node);
+    let archive = installer_archive(node.scratch(), "docker.io/library/hyper-install:1");
+    node.shell(&format!("ctr -n k8s.io image import {archive} && rm {archive}")).ok();
+    node.join();
+
+    // As the guide has it, but for the tool that edits the tag; this node's init restarts nothing by itself.
+    let (base, wish) = (node.scratch().join("base"), node.scratch().join("restart"));
+    node.shell(&format!("cp -r deploy/base {base}")).ok();
+    let restart = format!("touch {wish}; while [ -e {wish} ]; do sleep 1; done");
+    for (file, from, to) in [
+        ("kustomization.yaml", "newTag: latest", "newTag: \"1\""),
+        ("daemonset.yaml", "value: systemctl restart containerd", &format!("value: {restart:?}")),
+    ] {
+        let text = std::fs::read_to_string(format!("{base}/{file}")).unwrap();
+        assert!(text.contains(from), "{text}");
+        node.scratch().file(&format!("base/{file}"), text.replace(from, to));
+    }
+    node.kubectl(&format!("apply -k {base}")).ok();
+    node.kubectl(&format!("label node {NODE} hyper-runtime=true")).ok();
+    let mut restarts = 0;
+    wait_for("the runtime on the node", || {
+        if std::path::Path::new(&wish).exists() {
+            node.restart_containerd();
+            std::fs::remove_file(&wish).unwrap();
+            restarts += 1;
+        }
+        let status = "-n hyper-system rollout status daemonset hyper-install --timeout=2s";
+        node.kubectl(status).done().code_is(0).then_some(())
+    });
+    assert_eq!(restarts, 1);
+    node.kubectl("-n hyper-system logs daemonset/hyper-install").ok().shows("hyper is installed");
+    follow(&node, "### 5. A pod");
+    overhead_is_what_the_class_says(&node);
+
+    // A second round has nothing to do, and restarts nothing.
+    node.kubectl("-n hyper-system delete pod -l app=hyper-install --timeout=100s").ok();
+    node.kubectl("-n hyper-system rollout status daemonset hyper-install --timeout=100s").ok();
+    assert!(!std::path::Path::new(&wish).exists(), "containerd has all of it");
+
+    for line in documented(GUIDE, "## Take it out") {
+        match line.as_str() {
+            "systemctl restart containerd" => node.restart_containerd(),
+            line => drop(node.shell(&line.replace("deploy/base", &base)).within(300).ok()),
+        }
+    }
+    assert_eq!(installed(&node), before);
+    node.kubectl("get runtimeclass,namespace -o name").done().text().lines().for_each(|name| {
+        assert!(!name.contains("hyper"), "{name}");
+    });
+    note(
+        "deploy/: image built by its Dockerfile, applied, a pod run, taken out again, on a node with a kubelet",
+    );
+}
+
+/// Kilobytes (PSS) of a program's processes: what is the guest's memory, and all else. Names of processes are cut off, links are not.
+const PSS: &str = "for process in $(pgrep containerd-shim; pgrep hyper-); do \
+    [ \"$(basename $(readlink /proc/$process/exe))\" = NAME ] && cat /proc/$process/smaps; done | \
+    awk '/^[0-9a-f]+-/ { guest = /memfd:/ } /^Pss:/ { if (guest) of += $2; else own += $2 } END { print of + 0, own + 0 }'";
+/// What of a small machine's memory neither its containers nor `MemTotal` have, KiB: the kernel's image and tables.
+const KERNEL_KIB: u64 = 24 * 1024;
+/// What a machine has beside its containers' limits for what is in it of ours, KiB.
+const GUEST_KIB: u64 = 64 * 1024;
+
+/// Measures what a pod takes beside its container, and holds it against the class.
+fn overhead_is_what_the_class_says(node: &Node) {
+    let manifest = node.scratch().file("idle.yaml", IDLE);
+    node.kubectl(&format!("apply -f {manifest}")).ok();
+    node.kubectl("wait --for=condition=Ready pod/idle --timeout=150s").ok();
+    let kib = |program: &str| {
+        let text = host(&PSS.replace("NAME", program)).ok().text();
+        let numbers: Vec<u64> = text.split_whitespace().map(|word| word.parse().unwrap()).collect();
+        let [guest, own] = numbers.as_slice() else { panic!("{text}") };
+        note(&format!(
+            "PSS of {program} with one idle pod: {own} KiB, and {guest} KiB of its guest's memory"
+        ));
+        assert!(*own > 0);
+        *own
+    };
+    let own = kib("hyper-vmm") + kib("hyper-fs");
+    // It is not in the pod's control group.
+    kib("containerd-shim-hyper-v2");
+    let bytes = |text: String| text.parse::<u64>().unwrap() / 1024;
+    let used = bytes(node.kubectl("exec idle -- cat /sys/fs/cgroup/memory.current").ok().text());
+    // Of the groups that have the pod's id in their names the outermost.
+    let group = "find /sys/fs/cgroup -name memory.current -path \"*$(kubectl get pod idle -o jsonpath={.metadata.uid})*\" | \
+        awk '{ print length, $0 }' | sort -n | head -n 1 | cut -d ' ' -f 2";
+    let counted = bytes(node.shell(&format!("cat $({group})")).ok().text());
+    note(&format!("the host counts {counted} KiB for the pod, its guest {used} KiB for the container"));
+    let overhead = node.kubectl("get runtimeclass hyper -o jsonpath={.overhead.podFixed.memory}").ok().text();
+    let overhead = overhead.trim_end_matches("Mi").parse::<u64>().unwrap() * 1024;
+    assert!(own + KERNEL_KIB + GUEST_KIB < overhead, "{own} KiB beside the guest's memory");
+    assert!(counted < used + overhead);
+    node.kubectl("delete pod idle --timeout=150s").ok();
+}
+
+const IDLE: &str = "
+apiVersion: v1
+kind: Pod
+metadata: {name: idle}
+spec:
+  runtimeClassName: hyper
+  terminationGracePeriodSeconds: 1
+  containers:
+    - {name: idle, image: 'busybox:1.36', command: [sleep, '1000'], resources: {limits: {memory: 64Mi}}}
+";
 
 /// Init containers, a sidecar, probes, volumes of each kind, live updates, port-forward, copying, a hook before the end.
 fn pod_has_everything(node: &Node) {

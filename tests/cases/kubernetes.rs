@@ -90,7 +90,7 @@ fn handlers_of_the_sandbox_api_have_a_configuration() {
     }
     // What is wrong with it is told when the pod is made.
     containerd.scratch().file("own.toml", "cpus = 2\n");
-    let done = Pod::request(&containerd, by_file, &PodSpec::new("wrong")).fails(1);
+    let done = Pod::request(&containerd, by_file, &PodSpec::new("wrong")).fails(125);
     assert!(done.error().contains("unknown field `cpus`"), "{}", done.error());
     Pod::remove_all(&containerd);
     containerd.leaves_nothing();

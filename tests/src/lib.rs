@@ -10,6 +10,7 @@ mod container;
 mod containerd;
 mod crictl;
 mod docker;
+mod installer;
 mod nerdctl;
 mod pods;
 mod program;
@@ -31,6 +32,7 @@ pub use containerd::{
 };
 pub use crictl::Crictl;
 pub use docker::Docker;
+pub use installer::installer_archive;
 pub use nerdctl::Nerdctl;
 pub use pods::{Pod, PodSpec};
 pub use program::{Done, Run, Running, from_template, host, hyper};

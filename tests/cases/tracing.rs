@@ -51,10 +51,10 @@ fn spans_of_a_task_lead_into_its_guest() {
     let environment = format!("OTEL_EXPORTER_OTLP_ENDPOINT={}", collector.url);
     let containerd = Containerd::start_with_environment(Release::Two, &environment);
     containerd.run("--rm @busybox one true").ok();
-    let spans = collector.wait_for(SHIM, &["create", "start", "delete", "shutdown", "end processes"]);
+    let spans = collector.wait_for("one", &["create", "start", "delete", "shutdown", "end processes"]);
     for span in &spans {
         let of = |key: &str| span.resource.get(key).map_or("", String::as_str);
-        assert_eq!((of("hyper.pod.id"), of("containerd.namespace")), ("one", "default"));
+        assert_eq!((span.service(), of("containerd.namespace")), (SHIM, "default"));
     }
     leads(&spans, &["clock and entropy", "guest", "Configure", "create"]);
     leads(
@@ -84,8 +84,7 @@ fn spans_of_a_pod_lead_into_its_guest() {
         let id = pod.id.clone();
         pod.remove();
         let names = ["create", "start", "delete", "CreateProcess"];
-        let mut spans = collector.wait_for(SHIM, &names);
-        spans.retain(|span| span.resource.get("hyper.pod.id") == Some(&id));
+        let spans = collector.wait_for(&id, &names);
         leads(&spans, &["make the process", "guest", "CreateProcess", "start"]);
         let first = if handler == HANDLER { "create" } else { "start_sandbox" };
         leads(&spans, &["network", "guest", "Configure", first]);
@@ -106,7 +105,7 @@ fn configuration_names_the_collector_and_the_level_of_the_log_is_no_matter() {
     let own = containerd.scratch().file("own.toml", own);
     let run = |words: &str| containerd.run(&format!("--rm --runtime-config-path {own} {words}"));
     run("@busybox one true").ok();
-    let spans = collector.wait_for(SHIM, &["create", "mount the root", "delete"]);
+    let spans = collector.wait_for("one", &["create", "mount the root", "delete"]);
     let first = way_up(&spans, "mount the root").pop().unwrap();
     assert_eq!((first.name.as_str(), first.parent.as_str()), ("create", ""), "this containerd has no traces");
     containerd.leaves_nothing();

@@ -89,12 +89,12 @@ impl Collector {
         self.spans.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// What has arrived of a service, once it has spans of all these names.
+    /// What has arrived of a pod, once there are spans of all these names.
     #[must_use]
-    pub fn wait_for(&self, service: &str, names: &[&str]) -> Vec<Span> {
-        wait_for(&format!("spans {names:?} of {service}"), || {
+    pub fn wait_for(&self, pod: &str, names: &[&str]) -> Vec<Span> {
+        wait_for(&format!("spans {names:?} of {pod}"), || {
             let mut spans = self.spans();
-            spans.retain(|span| span.service() == service);
+            spans.retain(|span| span.resource.get("hyper.pod.id").is_some_and(|id| id == pod));
             let all = names.iter().all(|name| spans.iter().any(|span| span.name == *name));
             all.then_some(spans)
         })

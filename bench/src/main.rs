@@ -191,7 +191,7 @@ fn turns(
                 report.add(name, "ms", contender.name(), ms);
                 if let Some(work) = work {
                     let name = format!("{name}: instructions, what is left to the kernel included");
-                    report.add(&name, "million", contender.name(), work);
+                    report.add(&name, "million", contender.name(), program::thousandth(work));
                 }
             }
         }

@@ -34,9 +34,14 @@ pub(crate) fn now_us() -> u64 {
 }
 
 /// Milliseconds since a point of [`now_us`].
-#[expect(clippy::cast_precision_loss, reason = "microseconds of a run are far below 2^52")]
 pub(crate) fn ms_since(start_us: u64) -> f64 {
-    now_us().saturating_sub(start_us) as f64 / 1000.0
+    thousandth(now_us().saturating_sub(start_us))
+}
+
+/// Microseconds in milliseconds, or thousands in millions.
+#[expect(clippy::cast_precision_loss, reason = "microseconds of a run are far below 2^52")]
+pub(crate) fn thousandth(us: u64) -> f64 {
+    us as f64 / 1000.0
 }
 
 /// How long the host is given to take away what the contender before has left: network namespaces go in the background.
@@ -47,12 +52,27 @@ pub(crate) fn settle() {
     std::thread::sleep(SETTLE);
 }
 
-/// How long the processors have been at work since a point of [`idle_ns`] and [`now_us`], milliseconds: on the lab's clock, millions of
-/// instructions.
-#[expect(clippy::cast_precision_loss, reason = "a run is far below 2^52 ns")]
-fn busy_ms(start_us: u64, start_idle_ns: u64) -> Option<f64> {
-    let idle_ms = idle_ns()?.saturating_sub(start_idle_ns) as f64 / 1_000_000.0;
-    Some((ms_since(start_us) - idle_ms).max(0.0))
+/// A point in time from which work is counted.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Watch {
+    start_us: u64,
+    idle_ns: Option<u64>,
+}
+
+impl Watch {
+    /// From now on.
+    pub(crate) fn start() -> Self {
+        // Looked up first: it takes a while.
+        let idle_ns = idle_ns();
+        Self { start_us: now_us(), idle_ns }
+    }
+
+    /// How long the one processor of the lab has been at work since, us: on the lab's clock, thousands of instructions.
+    pub(crate) fn work_us(self) -> Option<u64> {
+        let now_us = now_us();
+        let idle_us = idle_ns()?.saturating_sub(self.idle_ns?) / 1000;
+        Some(now_us.saturating_sub(self.start_us).saturating_sub(idle_us))
+    }
 }
 
 /// How long the processors have been idle, ns; none where the kernel does not say it that finely (`/proc/timer_list`).
@@ -66,18 +86,17 @@ fn idle_of(timers: &str) -> Option<u64> {
     idle.sum::<Option<u64>>().filter(|sum| *sum > 0)
 }
 
-/// Does something; with its outcome, how long the one processor of the lab was at work for it, with what is left to the kernel afterwards
-/// and without what the machine does when nobody asks for anything.
-pub(crate) fn at_work<T>(what: impl FnOnce() -> Result<T>) -> Result<(T, Option<f64>)> {
-    let watch = || idle_ns().map(|idle| (now_us(), idle));
-    let before = watch();
+/// Does something; with its outcome, how long the one processor of the lab was at work for it, us, with what is left to the kernel
+/// afterwards and without what the machine does when nobody asks for anything.
+pub(crate) fn at_work<T>(what: impl FnOnce() -> Result<T>) -> Result<(T, Option<u64>)> {
+    let watch = Watch::start();
     settle();
-    let nothing = before.and_then(|(start, idle)| busy_ms(start, idle));
-    let before = watch();
+    let nothing = watch.work_us();
+    let watch = Watch::start();
     let done = what()?;
     settle();
-    let all = before.and_then(|(start, idle)| busy_ms(start, idle));
-    Ok((done, all.zip(nothing).map(|(all, nothing)| (all - nothing).max(0.0))))
+    let all = watch.work_us();
+    Ok((done, all.zip(nothing).map(|(all, nothing)| all.saturating_sub(nothing))))
 }
 
 /// A command without input and output, whose complaints are kept for the error.

@@ -30,6 +30,9 @@ struct Start {
     entered_us: Option<u64>,
     user_space_us: Option<u64>,
     agent_ready_us: Option<u64>,
+    /// Not waits: see [`program::Watch`].
+    user_space_work_us: Option<u64>,
+    agent_ready_work_us: Option<u64>,
 }
 
 type Step = fn(&Start) -> Option<u64>;
@@ -41,6 +44,12 @@ const STEPS: [(&str, Step); 6] = [
     ("start of the VMM to the guest entered", |start| start.entered_us),
     ("start of the VMM to the first user instruction", |start| start.user_space_us),
     ("start of the VMM to the agent ready", |start| start.agent_ready_us),
+];
+
+/// The same on the counting clock without waits.
+const WORK: [(&str, Step); 2] = [
+    ("start of the VMM to the first user instruction: instructions", |start| start.user_space_work_us),
+    ("start of the VMM to the agent ready: instructions", |start| start.agent_ready_work_us),
 ];
 
 /// What is started.
@@ -78,14 +87,12 @@ pub(crate) fn measure(prefix: &Path, options: &Options, report: &mut Report) -> 
         if round < options.warm_up {
             continue;
         }
-        for (name, step) in STEPS {
+        let work = if report.facts.counts_instructions() { &WORK[..] } else { &[] };
+        let all = STEPS.iter().map(|step| (step, "ms")).chain(work.iter().map(|step| (step, "million")));
+        for ((name, step), unit) in all {
             for (contender, start) in &starts {
                 if let Some(us) = step(start) {
-                    #[expect(
-                        clippy::cast_precision_loss,
-                        reason = "microseconds of a start are far below 2^52"
-                    )]
-                    report.add(name, "ms", contender, us as f64 / 1000.0);
+                    report.add(name, unit, contender, program::thousandth(us));
                 }
             }
         }

@@ -17,7 +17,7 @@ use rustix::net::{
 };
 
 use super::{CMDLINE, MEM_MIB, Parts, Start};
-use crate::program::{LIMIT, now_us};
+use crate::program::{LIMIT, Watch, now_us};
 
 /// Host port on which the agent announces itself.
 const DOORBELL_PORT: u32 = 1026;
@@ -49,6 +49,7 @@ pub(crate) fn start(parts: &Parts) -> Result<Start> {
 
     let (near, far) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     set_socket_timeout(&near, Timeout::Recv, Some(LIMIT))?;
+    let watch = Watch::start();
     let forked_us = now_us();
     let mut child = Ended(
         Command::new(&parts.vmm)
@@ -60,6 +61,7 @@ pub(crate) fn start(parts: &Parts) -> Result<Start> {
     );
     send(&near, &Request::Boot { spec }, &files)?;
     await_agent(&near)?;
+    let agent_ready_work_us = watch.work_us();
     send(&near, &Request::State, &[])?;
     let timeline = timeline(&near)?;
     send(&near, &Request::Shutdown, &[])?;
@@ -75,6 +77,8 @@ pub(crate) fn start(parts: &Parts) -> Result<Start> {
         entered_us: step(timeline.entered_us),
         user_space_us: step(timeline.user_space_us),
         agent_ready_us: step(timeline.agent_ready_us),
+        user_space_work_us: None,
+        agent_ready_work_us,
     })
 }
 

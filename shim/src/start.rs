@@ -15,6 +15,8 @@ use crate::{ShimError, socket_of};
 
 /// The highest version of the Task API that containerd speaks; not set before 1.7.
 const MAX_VERSION: &str = "MAX_SHIM_VERSION";
+/// The highest version that we speak.
+const NEWEST_VERSION: u32 = 3;
 /// Largest options of a runtime, bytes.
 const MAX_OPTIONS_BYTES: u64 = 1 << 20;
 /// What of a root's mounts is left to the runtime, from containerd 2.4 on; before, [`crate::info`] says it. The message
@@ -58,12 +60,13 @@ pub(crate) fn run(flags: &Flags) -> Result<String, ShimError> {
 /// The address alone, or parameters as JSON for who understands them.
 fn answer(socket: &str, max_version: Option<&str>) -> String {
     let version: u32 = max_version.and_then(|text| text.parse().ok()).unwrap_or_default();
-    if version < 3 {
+    if version < 2 {
         return socket.to_owned();
     }
+    let version = version.min(NEWEST_VERSION);
     let (type_url, value) = MOUNT_CAPABILITIES;
     let extensions = [serde_json::json!({ "value": { "type_url": type_url, "value": value } })];
-    serde_json::json!({ "version": 3, "address": socket, "protocol": "ttrpc", "extensions": extensions })
+    serde_json::json!({ "version": version, "address": socket, "protocol": "ttrpc", "extensions": extensions })
         .to_string()
 }
 
@@ -117,9 +120,13 @@ mod tests {
     #[test]
     fn old_and_new_containerds_are_answered_in_their_words() {
         assert_eq!(answer("unix:///run/x", None), "unix:///run/x");
-        assert_eq!(answer("unix:///run/x", Some("2")), "unix:///run/x");
-        let parsed: serde_json::Value = serde_json::from_str(&answer("unix:///run/x", Some("3"))).unwrap();
-        assert_eq!(parsed["version"], 3);
+        let parsed = |max: &str| -> serde_json::Value {
+            serde_json::from_str(&answer("unix:///run/x", Some(max))).unwrap()
+        };
+        assert_eq!(parsed("2")["version"], 2);
+        assert_eq!(parsed("9")["version"], 3);
+        let parsed = parsed("3");
+        assert_eq!((&parsed["version"], &parsed["address"]), (&3.into(), &"unix:///run/x".into()));
         assert_eq!(parsed["protocol"], "ttrpc");
         assert_eq!(parsed["extensions"][0]["value"]["type_url"], MOUNT_CAPABILITIES.0);
     }

@@ -3,6 +3,7 @@
 //! `make` targets are one-liners onto these, and CI runs the same ones. What is slow is kept outside the clone
 //! under the hash of its inputs (`cache`).
 
+mod baseline;
 mod bench;
 mod bzimage;
 mod cache;
@@ -19,6 +20,7 @@ mod product;
 mod rootfs;
 mod rules;
 mod run;
+mod sbom;
 mod setup;
 mod test;
 mod tsc;
@@ -57,10 +59,12 @@ enum Task {
     Lint,
     /// The house rules.
     Rules,
-    /// The edges between our crates.
+    /// The edges between our crates; source and licence of those of others.
     Deps,
     /// Measure, in the lab, on both of its clocks.
     Bench(bench::Options),
+    /// Instructions of a start and sizes of what is shipped, held against `bench/baseline.json`.
+    Baseline(baseline::Options),
     /// Run a command in the lab machine, which has real KVM, and return its status.
     Lab(lab::Options),
 }
@@ -98,9 +102,13 @@ fn perform(task: Task) -> Result<ExitCode> {
         }
         Task::Test(options) => return test::run(&options),
         Task::Bench(options) => bench::run(&options)?,
+        Task::Baseline(options) => baseline::run(&options)?,
         Task::Lint => test::lint()?,
         Task::Rules => rules::run()?,
-        Task::Deps => deps::run()?,
+        Task::Deps => {
+            deps::run()?;
+            sbom::check()?;
+        }
         Task::Run => return run::run(),
         Task::Lab(options) => return lab::run(&options).map(ExitCode::from),
     }

@@ -3,7 +3,7 @@
 //! ```text
 //! <target>/hyper/bin/{hyper,containerd-shim-hyper-v2}
 //!                libexec/hyper/{hyper-vmm,hyper-fs,hyper-bench}
-//!                share/hyper/{vmlinux,initramfs.cpio}
+//!                share/hyper/{vmlinux,initramfs.cpio,sbom.cdx.json}
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -14,9 +14,10 @@ use anyhow::Result;
 use crate::cache;
 use crate::command;
 use crate::setup::STATIC_TARGET;
-use crate::{kernel, rootfs};
+use crate::{kernel, rootfs, sbom};
 
-const HOST_PACKAGES: [&str; 5] = ["hyper-cli", "hyper-shim", "hyper-vmm", "hyper-fileserver", "hyper-bench"];
+pub(crate) const HOST_PACKAGES: [&str; 5] =
+    ["hyper-cli", "hyper-shim", "hyper-vmm", "hyper-fileserver", "hyper-bench"];
 
 /// Where the parts are after a build.
 pub(crate) struct Product {
@@ -48,6 +49,8 @@ pub(crate) fn build() -> Result<Product> {
     }
     command::run(&mut host)?;
     let initramfs = rootfs::build(&static_program("hyper-agent")?)?;
+    let bill = target.join("sbom.cdx.json");
+    sbom::write(&bill, &vmlinux)?;
 
     let prefix = target.join("hyper");
     let _lock = cache::lock("install")?;
@@ -60,6 +63,7 @@ pub(crate) fn build() -> Result<Product> {
         (release.join("hyper-bench"), "libexec/hyper/hyper-bench"),
         (vmlinux, "share/hyper/vmlinux"),
         (initramfs, "share/hyper/initramfs.cpio"),
+        (bill, "share/hyper/sbom.cdx.json"),
     ] {
         install_changed(&from, &prefix.join(to))?;
     }

@@ -14,20 +14,22 @@ pub(super) fn clone_sparse(from: &Path, to: &Path) -> io::Result<()> {
     if ioctl_ficlone(&target, &source).is_ok() {
         return Ok(());
     }
-    let len = source.metadata()?.len();
-    target.set_len(len)?;
+    target.set_len(source.metadata()?.len())?;
     let mut at = 0;
-    while at < len {
-        let start = match seek(&source, SeekFrom::Data(at)) {
-            Ok(start) => start,
-            Err(Errno::NXIO) => break,
-            Err(error) => return Err(error.into()),
-        };
-        let end = seek(&source, SeekFrom::Hole(start))?;
+    while let Some((start, end)) = next_data(&source, at)? {
         copy_extent(&source, &target, start, end)?;
         at = end;
     }
     Ok(())
+}
+
+/// Start and end of the first data of a file from `at` on.
+fn next_data(file: &File, at: u64) -> io::Result<Option<(u64, u64)>> {
+    match seek(file, SeekFrom::Data(at)) {
+        Ok(start) => Ok(Some((start, seek(file, SeekFrom::Hole(start))?))),
+        Err(Errno::NXIO) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Most bytes that are looked at at once.
@@ -39,16 +41,9 @@ const BLOCK_BYTES: usize = 4096;
 pub(super) fn dig_holes(path: &Path) -> io::Result<()> {
     use std::os::unix::fs::FileExt;
     let file = File::options().read(true).write(true).open(path)?;
-    let len = file.metadata()?.len();
     let mut buffer = vec![0; AT_ONCE];
     let mut at = 0;
-    while at < len {
-        let start = match seek(&file, SeekFrom::Data(at)) {
-            Ok(start) => start,
-            Err(Errno::NXIO) => break,
-            Err(error) => return Err(error.into()),
-        };
-        let end = seek(&file, SeekFrom::Hole(start))?;
+    while let Some((start, end)) = next_data(&file, at)? {
         let want = usize::try_from(end - start).unwrap_or(usize::MAX).min(buffer.len());
         let part = buffer.get_mut(..want).unwrap_or_default();
         file.read_exact_at(part, start)?;

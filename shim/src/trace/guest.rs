@@ -49,21 +49,10 @@ mod tests {
     use std::time::{Duration, SystemTime};
 
     use opentelemetry::trace::TracerProvider;
-    use opentelemetry_sdk::error::OTelSdkResult;
-    use opentelemetry_sdk::trace::{SdkTracerProvider, SpanData, SpanExporter};
-    use std::sync::{Arc, Mutex};
+    use opentelemetry_sdk::trace::SdkTracerProvider;
 
+    use super::super::tests::Kept;
     use super::*;
-
-    #[derive(Debug, Clone, Default)]
-    struct Kept(Arc<Mutex<Vec<SpanData>>>);
-
-    impl SpanExporter for Kept {
-        async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
-            self.0.lock().unwrap().extend(batch);
-            Ok(())
-        }
-    }
 
     #[test]
     fn steps_lie_below_their_request() {

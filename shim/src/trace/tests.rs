@@ -8,8 +8,9 @@ use tracing_subscriber::layer::SubscriberExt;
 
 use super::*;
 
+/// Spans that were exported.
 #[derive(Debug, Clone, Default)]
-struct Kept(Arc<Mutex<Vec<SpanData>>>);
+pub(super) struct Kept(pub(super) Arc<Mutex<Vec<SpanData>>>);
 
 impl SpanExporter for Kept {
     async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {

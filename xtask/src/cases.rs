@@ -1,7 +1,8 @@
 //! Runs the black-box cases: one process per case, one lab machine per group, a few machines at a time.
 //!
 //! A case that hangs is ended by its own limit. When a whole machine dies, the case that it died in has failed and the
-//! rest of the group goes on in a fresh one.
+//! rest of the group goes on in a fresh one. When a case has failed and the machine is seen to read the product's files otherwise than they
+//! are, the case has said nothing of the product: it is told, and the case is run again in a fresh machine, once.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs;
@@ -25,6 +26,10 @@ const CASE_LIMIT: u64 = 900;
 const MACHINE_LIMIT: u64 = 2400;
 /// What the job prints before the result of each case.
 const MARK: &str = "@case ";
+/// What the job prints, and ends with, when the machine reads the product's files otherwise than they are.
+const DAMAGED: &str = "@damaged ";
+/// How often a group may begin again because its machine was damaged.
+const MOST_DAMAGED: usize = 1;
 /// Groups that take longest; they start first.
 const LONGEST: [&str; 10] = [
     "kubernetes_faults",
@@ -126,7 +131,9 @@ pub(crate) fn run(options: &Options, inputs: &Inputs<'_>) -> Result<Tally> {
     crate::say(format!("test: {} lab cases in {} groups", names.len(), groups.len()));
     let folder = cache::dir()?.join(format!("lab-cases/{}", std::process::id()));
     cache::remove_dir(&folder)?;
-    let bench = Bench { inputs, peers: &peers, program: &program, folder: &folder, here: options.here };
+    let files = command::text(Command::new("bash").args(["-c", &sums(&inputs.product.prefix)]))?;
+    let bench =
+        Bench { inputs, peers: &peers, program: &program, folder: &folder, here: options.here, files };
     let lanes = if options.here { 1 } else { options.jobs.clamp(1, groups.len()) };
     let queue = Mutex::new(groups);
     let tally = thread::scope(|scope| {
@@ -155,6 +162,30 @@ pub(crate) fn run(options: &Options, inputs: &Inputs<'_>) -> Result<Tally> {
         crate::say(format!("test: logs of the cases are in {}", folder.display()));
     }
     Ok(tally)
+}
+
+/// Name of the file with the product's checksums, in the folder of logs.
+const FILES: &str = "files";
+
+/// A function of the job: looks at the product's files, and ends the job when they are not what they are outside.
+fn damage(prefix: &Path, logs: &Path) -> String {
+    let logs = logs.display();
+    format!(
+        "damage() {{\n\
+           ( {sums} ) >{logs}/files.seen\n\
+           cmp -s {logs}/{FILES} {logs}/files.seen && return\n\
+           diff {logs}/{FILES} {logs}/files.seen | sed 's/^/{DAMAGED}/'\n\
+           echo 1 >/proc/sys/vm/drop_caches; ( {sums} ) >{logs}/files.again\n\
+           cmp -s {logs}/{FILES} {logs}/files.again && echo '{DAMAGED}read once more, they are right'\n\
+           exit\n\
+         }}\n",
+        sums = sums(prefix),
+    )
+}
+
+/// A script that prints a checksum of each file of the product.
+fn sums(prefix: &Path) -> String {
+    format!("cd '{}' && find . -type f -exec cksum {{}} + | sort -k 3", prefix.display())
 }
 
 /// Builds the program with all cases; its path.
@@ -200,6 +231,16 @@ struct Bench<'a> {
     program: &'a Path,
     folder: &'a Path,
     here: bool,
+    /// Checksums of the product's files, as [`sums`] prints them.
+    files: String,
+}
+
+/// What came of a machine.
+#[derive(Default)]
+struct Results {
+    /// Of the cases that came to an end, in order.
+    passed: Vec<bool>,
+    damaged: bool,
 }
 
 /// Takes groups until none is left. The lane's disk goes from machine to machine, so an image is unpacked once.
@@ -209,14 +250,18 @@ fn work(bench: &Bench<'_>, queue: &Mutex<VecDeque<(String, Vec<String>)>>, lane:
     loop {
         let next = queue.lock().map_err(|_| anyhow::anyhow!("another lane broke"))?.pop_front();
         let Some((module, mut left)) = next else { break };
+        let mut damaged = 0;
         while !left.is_empty() {
             let results = bench.machine(&module, &left, &disk)?;
-            let done = results.len();
-            for (name, passed) in left.iter().zip(&results) {
+            let done = results.passed.len();
+            for (name, passed) in left.iter().zip(&results.passed) {
                 bench.report(&module, name, *passed, &mut tally)?;
             }
             left.drain(..done);
-            if !left.is_empty() {
+            damaged += usize::from(results.damaged);
+            if results.damaged && damaged <= MOST_DAMAGED {
+                crate::say(format!("{module}: the machine read files wrong, so the group goes on in another"));
+            } else if !left.is_empty() {
                 let lost = left.remove(0);
                 crate::say(format!("{lost}: the machine ended in it"));
                 bench.report(&module, &lost, false, &mut tally)?;
@@ -232,11 +277,13 @@ fn work(bench: &Bench<'_>, queue: &Mutex<VecDeque<(String, Vec<String>)>>, lane:
 }
 
 impl Bench<'_> {
-    /// Runs cases in one machine, in order; the results of those that came to an end.
-    fn machine(&self, module: &str, names: &[String], disk: &Path) -> Result<Vec<bool>> {
+    /// Runs cases in one machine, in order.
+    fn machine(&self, module: &str, names: &[String], disk: &Path) -> Result<Results> {
         let share = self.folder.join(module);
         fs::create_dir_all(&share).with_context(|| format!("creating {}", share.display()))?;
-        let mut results = Vec::new();
+        let files = share.join(FILES);
+        fs::write(&files, &self.files).with_context(|| format!("writing {}", files.display()))?;
+        let mut results = Results::default();
         let mut rest = String::new();
         let mut seen = |bytes: &[u8]| {
             rest.push_str(&String::from_utf8_lossy(bytes));
@@ -244,7 +291,11 @@ impl Bench<'_> {
                 match line.strip_prefix(MARK) {
                     Some(result) => {
                         crate::say(format!("  {result}"));
-                        results.push(result.starts_with("ok "));
+                        results.passed.push(result.starts_with("ok "));
+                    }
+                    None if line.starts_with(DAMAGED) => {
+                        crate::say(format!("  {module}: {line}"));
+                        results.damaged = true;
                     }
                     None if !line.trim().is_empty() => crate::say(format!("  {module}: {line}")),
                     None => {}
@@ -289,11 +340,13 @@ impl Bench<'_> {
         }
         // Cases of templates ask for them; with the others a machine that is made for later would be taken for one that was left over.
         job.push_str("export HYPER_TEMPLATE=never\n");
+        job.push_str(&damage(&product.prefix, logs));
         for name in names {
             // After a failure nothing may be left that makes the next case fail too.
             job.push_str(&format!(
                 "start=$SECONDS; timeout -k 10 {CASE_LIMIT} '{program}' --exact {name} --nocapture >'{logs}/{name}.log' 2>&1 </dev/null && \
                  verdict=ok || verdict=FAILED\n\
+                 [ $verdict = ok ] || damage\n\
                  grep -a '^@note ' '{logs}/{name}.log'\n\
                  echo \"{MARK}$verdict {name} ($((SECONDS - start)) s)\"\n\
                  [ $verdict = ok ] || {{ timeout 120 '{hyper}' rm -f $(timeout 60 '{hyper}' ps -aq) >/dev/null 2>&1; true; }}\n",

@@ -260,7 +260,9 @@ fn work(bench: &Bench<'_>, queue: &Mutex<VecDeque<(String, Vec<String>)>>, lane:
             left.drain(..done);
             damaged += usize::from(results.damaged);
             if results.damaged && damaged <= MOST_DAMAGED {
-                crate::say(format!("{module}: the machine read files wrong, so the group goes on in another"));
+                crate::say(format!(
+                    "{module}: the machine read files wrong, so the group goes on in another"
+                ));
             } else if !left.is_empty() {
                 let lost = left.remove(0);
                 crate::say(format!("{lost}: the machine ended in it"));

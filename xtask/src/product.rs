@@ -16,8 +16,13 @@ use crate::command;
 use crate::setup::STATIC_TARGET;
 use crate::{kernel, rootfs, sbom};
 
+/// Packages with programs of the host.
 pub(crate) const HOST_PACKAGES: [&str; 5] =
-    ["hyper-cli", "hyper-shim", "hyper-vmm", "hyper-fileserver", "hyper-bench"];
+    ["hyper-cli", "hyper-shim", VMM, "hyper-fileserver", "hyper-bench"];
+/// Started for each sandbox, so it has the C library in it, and is still loaded at a random address: to find and load the library's files
+/// takes longer than to make the jail.
+const VMM: &str = "hyper-vmm";
+pub(crate) const HOST_TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// Where the parts are after a build.
 pub(crate) struct Product {
@@ -44,10 +49,14 @@ pub(crate) fn build() -> Result<Product> {
     crate::say("build: programs");
     let mut host = cargo()?;
     host.args(["build", "--release"]);
-    for package in HOST_PACKAGES {
+    for package in HOST_PACKAGES.into_iter().filter(|package| *package != VMM) {
         host.args(["--package", package]);
     }
     command::run(&mut host)?;
+    let mut vmm = cargo()?;
+    vmm.args(["build", "--release", "--package", VMM, "--target", HOST_TARGET, "--config"]);
+    vmm.arg(format!("target.{HOST_TARGET}.rustflags=['-C', 'target-feature=+crt-static']"));
+    command::run(&mut vmm)?;
     let initramfs = rootfs::build(&static_program("hyper-agent")?)?;
     let bill = target.join("sbom.cdx.json");
     sbom::write(&bill, &vmlinux)?;
@@ -58,7 +67,7 @@ pub(crate) fn build() -> Result<Product> {
     for (from, to) in [
         (release.join("hyper"), "bin/hyper"),
         (release.join("containerd-shim-hyper-v2"), "bin/containerd-shim-hyper-v2"),
-        (release.join("hyper-vmm"), "libexec/hyper/hyper-vmm"),
+        (target.join(HOST_TARGET).join("release").join(VMM), "libexec/hyper/hyper-vmm"),
         (release.join("hyper-fs"), "libexec/hyper/hyper-fs"),
         (release.join("hyper-bench"), "libexec/hyper/hyper-bench"),
         (vmlinux, "share/hyper/vmlinux"),

@@ -9,11 +9,10 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use crate::cache;
-use crate::product::{HOST_PACKAGES, cargo};
+use crate::product::{HOST_PACKAGES, HOST_TARGET, cargo};
 use crate::setup::STATIC_TARGET;
 
 /// Target of the programs that run on the host.
-const HOST_TARGET: &str = "x86_64-unknown-linux-gnu";
 /// Where all code of others comes from: how Cargo names the index begins and ends.
 const REGISTRY: (&str, &str) = ("registry+", "/crates.io-index");
 /// Licences that code of others may have: none that asks for more than to be named.

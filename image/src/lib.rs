@@ -5,6 +5,8 @@ mod config;
 mod digest;
 mod error;
 mod fault;
+#[cfg(feature = "fuzz")]
+pub mod fuzz;
 mod image;
 mod load;
 mod manifest;

@@ -17,6 +17,8 @@ mod clock;
 mod config;
 mod dirs;
 mod error;
+#[cfg(feature = "fuzz")]
+pub mod fuzz;
 mod launch;
 mod logs;
 mod network;

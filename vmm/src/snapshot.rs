@@ -138,13 +138,7 @@ impl Saved {
         write_list(&mut body, &self.vcpus.iter().map(VcpuState::to_bytes).collect::<Vec<_>>());
         write_list(&mut body, &self.ports);
         write_list(&mut body, &self.windows);
-        let body = body.done();
-        let mut bytes = MAGIC.to_vec();
-        bytes.extend(VERSION.to_le_bytes());
-        bytes.extend(u32::try_from(body.len()).unwrap_or(u32::MAX).to_le_bytes());
-        bytes.extend(checksum(&body).to_le_bytes());
-        bytes.extend(body);
-        bytes
+        sealed(&body.done())
     }
 
     fn from_body(body: &[u8], shape: &Shape) -> Result<Self, SnapshotError> {
@@ -202,6 +196,16 @@ fn parse_header(header: &[u8; HEADER_BYTES]) -> Result<(usize, u64), SnapshotErr
         return Err(SnapshotError::Checksum);
     }
     Ok((length, rest.u64()?))
+}
+
+/// A file with this body behind a header that fits it.
+pub(crate) fn sealed(body: &[u8]) -> Vec<u8> {
+    let mut bytes = MAGIC.to_vec();
+    bytes.extend(VERSION.to_le_bytes());
+    bytes.extend(u32::try_from(body.len()).unwrap_or(u32::MAX).to_le_bytes());
+    bytes.extend(checksum(body).to_le_bytes());
+    bytes.extend(body);
+    bytes
 }
 
 /// FNV-1a over words of 8 bytes, the last one filled with zeroes: it is damage that is looked for, not malice.

@@ -102,28 +102,7 @@ pub(crate) fn run(options: &Options, inputs: &Inputs<'_>) -> Result<Tally> {
     if names.is_empty() {
         bail!("no case fits {:?}", options.filter);
     }
-    let chosen = names.len();
-    let mut peers = Vec::new();
-    for module in &peers::MODULES {
-        let needs = |name: &String| module.groups.contains(&name.split("::").next().unwrap_or_default());
-        if !names.iter().any(needs) {
-            continue;
-        }
-        match module.make()? {
-            Some(folder) => peers.push((module.variable, folder)),
-            None => names.retain(|name| !needs(name)),
-        }
-    }
-    let without_peers = chosen - names.len();
-    let chosen = names.len();
-    for other in &peers::ON_PATH {
-        let needs = |name: &String| name.split("::").next() == Some(other.group);
-        match command::find(other.program) {
-            Some(program) => peers.push((other.variable, program)),
-            None => names.retain(|name| !needs(name)),
-        }
-    }
-    let not_on_path = chosen - names.len();
+    let (peers, without_peers, not_on_path) = with_peers(&mut names)?;
     if names.is_empty() {
         return Ok(Tally { on_trial, without_peers, not_on_path, ..Tally::default() });
     }
@@ -162,6 +141,36 @@ pub(crate) fn run(options: &Options, inputs: &Inputs<'_>) -> Result<Tally> {
         crate::say(format!("test: logs of the cases are in {}", folder.display()));
     }
     Ok(tally)
+}
+
+/// Variables, and the programs of others that they name.
+type Peers = Vec<(&'static str, PathBuf)>;
+
+/// The programs of others that these cases need. Cases are left out whose programs cannot be built here, or are not on the path: so many.
+fn with_peers(names: &mut Vec<String>) -> Result<(Peers, usize, usize)> {
+    let chosen = names.len();
+    let mut peers = Vec::new();
+    for module in &peers::MODULES {
+        let needs = |name: &String| module.groups.contains(&name.split("::").next().unwrap_or_default());
+        if !names.iter().any(needs) {
+            continue;
+        }
+        match module.make()? {
+            Some(folder) => peers.push((module.variable, folder)),
+            None => names.retain(|name| !needs(name)),
+        }
+    }
+    let without_peers = chosen - names.len();
+    let chosen = names.len();
+    for other in &peers::ON_PATH {
+        let needs = |name: &String| name.split("::").next() == Some(other.group);
+        match command::find(other.program) {
+            Some(program) => peers.push((other.variable, program)),
+            None => names.retain(|name| !needs(name)),
+        }
+    }
+    let not_on_path = chosen - names.len();
+    Ok((peers, without_peers, not_on_path))
 }
 
 /// Name of the file with the product's checksums, in the folder of logs.
@@ -226,8 +235,7 @@ fn group(names: &[String]) -> VecDeque<(String, Vec<String>)> {
 /// What every machine needs to know.
 struct Bench<'a> {
     inputs: &'a Inputs<'a>,
-    /// Variables, and the programs of others that they name.
-    peers: &'a [(&'static str, PathBuf)],
+    peers: &'a Peers,
     program: &'a Path,
     folder: &'a Path,
     here: bool,

@@ -12,6 +12,7 @@ mod command;
 mod cpio;
 mod deps;
 mod fixtures;
+mod fuzz;
 mod kernel;
 mod lab;
 mod lab_parts;
@@ -61,6 +62,8 @@ enum Task {
     Rules,
     /// The edges between our crates; source and licence of those of others.
     Deps,
+    /// Drive the parsers of what guests, images and registries send with a fuzzer.
+    Fuzz(fuzz::Options),
     /// Measure, in the lab, on both of its clocks.
     Bench(bench::Options),
     /// Instructions of a start and sizes of what is shipped, held against `bench/baseline.json`.
@@ -101,6 +104,10 @@ fn perform(task: Task) -> Result<ExitCode> {
             }
         }
         Task::Test(options) => return test::run(&options),
+        Task::Fuzz(options) => {
+            setup::run()?;
+            fuzz::run(&options)?;
+        }
         Task::Bench(options) => bench::run(&options)?,
         Task::Baseline(options) => baseline::run(&options)?,
         Task::Lint => test::lint()?,

@@ -1,4 +1,4 @@
-//! `make test`: format, lints, house rules, unit tests, the black-box cases on a real KVM, then the figures that must not get worse.
+//! `make test`: format, lints, house rules, unit tests, the fuzz targets for a minute each, the black-box cases on a real KVM, then the figures that must not get worse.
 //!
 //! Nothing is skipped silently: every step runs even when one before it failed, every case ends up as passed or failed,
 //! and the last line counts them.
@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 
 use crate::cases::{self, Tally};
 use crate::product::cargo;
-use crate::{baseline, command, fixtures, product, rules, sbom, setup};
+use crate::{baseline, command, fixtures, fuzz, product, rules, sbom, setup};
 
 /// What to run.
 #[derive(clap::Args)]
@@ -48,6 +48,13 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         }
         crate::say("test: unit tests");
         units = unit_tests()?;
+    }
+    if !options.lab_only {
+        crate::say("test: fuzz targets");
+        if let Err(error) = fuzz::in_short() {
+            crate::say(format!("test: fuzz targets failed: {error:#}"));
+            failed_steps.push("fuzz targets");
+        }
     }
     let product = if options.prebuilt { product::installed()? } else { product::build()? };
     let fixtures = fixtures::make()?;

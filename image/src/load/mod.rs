@@ -23,7 +23,7 @@ use crate::reference::Reference;
 use crate::store::Store;
 
 mod source;
-mod tar;
+pub(crate) mod tar;
 
 /// Most images of one archive.
 const MAX_IMAGES: usize = 1024;

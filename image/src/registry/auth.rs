@@ -183,6 +183,16 @@ fn parse_challenges(headers: &HeaderMap) -> Vec<Challenge> {
     challenges
 }
 
+/// What the fuzzer sends as a header.
+#[cfg(feature = "fuzz")]
+pub(crate) fn challenges_in(bytes: &[u8]) -> usize {
+    let mut headers = HeaderMap::new();
+    if let Ok(value) = HeaderValue::from_bytes(bytes) {
+        headers.insert(WWW_AUTHENTICATE, value);
+    }
+    parse_challenges(&headers).len()
+}
+
 /// Parses one header line.
 fn parse_challenge_list(text: &str, challenges: &mut Vec<Challenge>) {
     let mut rest = text;

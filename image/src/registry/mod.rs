@@ -15,7 +15,7 @@ use crate::registry::auth::Authenticator;
 use crate::registry::body::Peer;
 use crate::registry::credentials::Source;
 
-mod auth;
+pub(crate) mod auth;
 pub(crate) mod body;
 pub(crate) mod credentials;
 

@@ -81,6 +81,25 @@ async fn serve(callers: &Callers, resolver: &Arc<Resolver>) {
     }
 }
 
+/// What the fuzzer asks, with an answer of each kind.
+#[cfg(feature = "fuzz")]
+pub(crate) fn answer_all(query: &[u8]) {
+    let bounded =
+        |answer: Vec<u8>| assert!(answer.len() <= query.len() + 512, "{} bytes of answer", answer.len());
+    if !message::is_query(query) {
+        return;
+    }
+    if let Some(question) = Question::parse(query) {
+        let addresses = vec![IpAddr::from([127, 0, 0, 1]), IpAddr::from([0_u16; 8])];
+        let name = question.name.clone();
+        for answer in [Answer::Addresses(addresses), Answer::Addresses(Vec::new()), Answer::Name(name)] {
+            bounded(question.reply(query, &answer));
+        }
+        let _address = message::reverse_address(&question.name);
+    }
+    message::failure(query).map(bounded).unwrap_or_default();
+}
+
 impl Resolver {
     async fn converse(&self, mut stream: UnixStream) -> std::io::Result<()> {
         let len = usize::from(stream.read_u16().await?);

@@ -19,6 +19,7 @@ mod kubernetes_many;
 mod limits;
 mod logging;
 mod many;
+mod neighbours;
 mod nerdctl;
 mod network;
 mod options;

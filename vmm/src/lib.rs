@@ -71,6 +71,6 @@ fn run_machine(main_us: u64, network: Network) -> u8 {
 fn close_jail(network: Network) -> Result<Result<Hypervisor, hyper_vmm_hv::HvError>, JailError> {
     hyper_jail::close_inherited()?;
     let kvm = Hypervisor::open();
-    hyper_jail::vmm::close(network)?;
+    confine::counted(|| hyper_jail::vmm::close(network))?;
     Ok(kvm)
 }

@@ -101,7 +101,8 @@ impl Life {
     }
 
     pub(crate) fn timeline(&self) -> Timeline {
-        *self.timeline.lock().unwrap_or_else(PoisonError::into_inner)
+        let marks = *self.timeline.lock().unwrap_or_else(PoisonError::into_inner);
+        Timeline { jail_us: crate::confine::spent_us(), ..marks }
     }
 
     /// Tells the main thread.

@@ -33,6 +33,8 @@ struct Start {
     /// Not waits: see [`program::Watch`].
     user_space_work_us: Option<u64>,
     agent_ready_work_us: Option<u64>,
+    /// Processor time.
+    jail_us: Option<u64>,
 }
 
 type Step = fn(&Start) -> Option<u64>;
@@ -51,6 +53,11 @@ const WORK: [(&str, Step); 2] = [
     ("start of the VMM to the first user instruction: instructions", |start| start.user_space_work_us),
     ("start of the VMM to the agent ready: instructions", |start| start.agent_ready_work_us),
 ];
+
+/// Processor time of the VMM's jail, filters included.
+const JAIL: &str = "jail of the VMM: processor time";
+/// Its share of the start to the agent ready: of the instructions where they are counted, else of the time.
+const JAIL_SHARE: &str = "jail of the VMM: share of its start";
 
 /// What is started.
 #[derive(Debug)]
@@ -94,6 +101,19 @@ pub(crate) fn measure(prefix: &Path, options: &Options, report: &mut Report) -> 
                 if let Some(us) = step(start) {
                     report.add(name, unit, contender, program::thousandth(us));
                 }
+            }
+        }
+        for (contender, start) in &starts {
+            if let (Some(jail), Some(all)) =
+                (start.jail_us, start.agent_ready_work_us.or(start.agent_ready_us))
+            {
+                report.add(JAIL, "ms", contender, program::thousandth(jail));
+                report.add(
+                    JAIL_SHARE,
+                    "%",
+                    contender,
+                    program::thousandth(jail) / program::thousandth(all) * 100.0,
+                );
             }
         }
     }

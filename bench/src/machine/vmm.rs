@@ -79,6 +79,7 @@ pub(crate) fn start(parts: &Parts) -> Result<Start> {
         agent_ready_us: step(timeline.agent_ready_us),
         user_space_work_us: None,
         agent_ready_work_us,
+        jail_us: Some(timeline.jail_us),
     })
 }
 

@@ -70,6 +70,9 @@ pub(crate) struct ContainerOptions {
     /// Size of /dev/shm
     #[arg(long)]
     pub(crate) shm_size: Option<String>,
+    /// Storage: size=SIZE of the writable layer, 16m to 8t (default 10g); what is not written takes no space
+    #[arg(long)]
+    pub(crate) storage_opt: Vec<String>,
     /// Ulimit: NAME=SOFT[:HARD]
     #[arg(long)]
     pub(crate) ulimit: Vec<String>,

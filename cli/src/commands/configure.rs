@@ -64,6 +64,7 @@ fn wish(options: &ContainerOptions, config: &Defaults, id: String) -> Result<Con
         stop_signal: stop_signal.map(signal::parse).transpose()?.unwrap_or(15).unsigned_abs(),
         stop_timeout_s: options.stop_timeout.unwrap_or_else(|| ContainerConfig::default().stop_timeout_s),
         auto_remove: options.rm,
+        rw_size_bytes: rw_size(&options.storage_opt)?,
         ..Default::default()
     })
 }
@@ -127,6 +128,20 @@ fn resources(options: &ContainerOptions) -> Result<ResourceConfig, CliError> {
     }
     resources.ulimits = each(&options.ulimit, |text| usage(text.parse::<UlimitConfig>()))?;
     Ok(resources)
+}
+
+/// Size of the writable layer; 0 where none is given. As with Docker, of several the last counts.
+fn rw_size(options: &[String]) -> Result<u64, CliError> {
+    let mut bytes = 0;
+    for option in options {
+        let Some(("size", size)) = option.split_once('=') else {
+            return Err(CliError::usage(format!(
+                "invalid --storage-opt {option:?}: only size=SIZE is known"
+            )));
+        };
+        bytes = quantity::bytes("--storage-opt size", size)?;
+    }
+    Ok(bytes)
 }
 
 fn network(mode: &str) -> Result<NetworkMode, CliError> {

@@ -7,6 +7,7 @@ use hyper_vmm_spec::{MAX_MEM_MIB, MAX_VCPUS};
 
 use super::{ContainerConfig, LEAST_MEM_MIB, MountConfig, NetworkMode, RestartPolicy};
 use crate::oci;
+use crate::storage::RW_BYTES;
 
 /// Longest name of a container or volume.
 const MAX_NAME_BYTES: usize = 128;
@@ -48,6 +49,9 @@ pub enum ConfigError {
     /// Too much memory.
     #[error("{0} MiB of memory is too much: give at most {MAX_MEM_MIB} MiB")]
     MemoryTooLarge(u32),
+    /// A writable layer that cannot be made.
+    #[error("a writable layer of {0} bytes cannot be: give 16 MiB to 8 TiB")]
+    RwSize(u64),
     /// Soft limit above the hard one.
     #[error("the memory reservation of {reservation} MiB is above the limit of {limit} MiB")]
     Reservation {
@@ -200,6 +204,9 @@ impl ContainerConfig {
 
     fn check_resources(&self) -> Result<(), ConfigError> {
         let wish = &self.resources;
+        if self.rw_size_bytes != 0 && !RW_BYTES.contains(&self.rw_size_bytes) {
+            return Err(ConfigError::RwSize(self.rw_size_bytes));
+        }
         if wish.mem_mib < LEAST_MEM_MIB {
             return Err(ConfigError::MemoryTooSmall(wish.mem_mib));
         }
@@ -323,6 +330,9 @@ mod tests {
         assert_eq!(broken(|c| c.process.cmd.push("a\0".into())), ConfigError::Nul { what: "an argument" });
         assert_eq!(broken(|c| c.process.env.push("=x".into())), ConfigError::Env("=x".into()));
         assert_eq!(broken(|c| c.resources.mem_mib = 4), ConfigError::MemoryTooSmall(4));
+        let small = broken(|c| c.rw_size_bytes = 4096);
+        assert_eq!(small, ConfigError::RwSize(4096));
+        assert_eq!(small.to_string(), "a writable layer of 4096 bytes cannot be: give 16 MiB to 8 TiB");
         assert_eq!(broken(|c| c.resources.mem_mib = u32::MAX), ConfigError::MemoryTooLarge(u32::MAX));
         assert_eq!(broken(|c| c.resources.cpus_milli = 0), ConfigError::Cpus { milli: 0 });
         assert_eq!(broken(|c| c.resources.cpus_milli = 32_001), ConfigError::Cpus { milli: 32_001 });

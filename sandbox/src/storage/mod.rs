@@ -16,10 +16,8 @@ use crate::{Home, SandboxError};
 
 /// Size of a writable layer without further wish, bytes; sparse.
 const DEFAULT_RW_BYTES: u64 = 10 << 30;
-/// Least size: an ext4 with a journal fits.
-const LEAST_RW_BYTES: u64 = 16 << 20;
-/// Most: what ext4 and a sparse file of the host carry.
-const MOST_RW_BYTES: u64 = 8 << 40;
+/// Sizes of a writable layer: from what an ext4 with a journal fits into, to what ext4 and a sparse file of the host carry.
+pub(crate) const RW_BYTES: std::ops::RangeInclusive<u64> = 16 << 20..=8 << 40;
 /// How long formatting may take.
 const MKFS_MS: u64 = 60_000;
 /// Changed when the options of the template change.
@@ -72,7 +70,7 @@ pub(crate) fn rw_size(wish_bytes: u64, var: Option<&OsStr>) -> Result<u64, Stora
         (0, _) => DEFAULT_RW_BYTES,
         (wish, _) => wish,
     };
-    if !(LEAST_RW_BYTES..=MOST_RW_BYTES).contains(&bytes) {
+    if !RW_BYTES.contains(&bytes) {
         return Err(StorageError::Size(bytes));
     }
     Ok(bytes.next_multiple_of(4096))

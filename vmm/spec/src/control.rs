@@ -198,6 +198,8 @@ pub struct Timeline {
     pub user_space_us: u64,
     /// The agent serves requests.
     pub agent_ready_us: u64,
+    /// Processor time that closing the jail and binding threads to their filters have taken so far.
+    pub jail_us: u64,
 }
 
 /// Counters since boot.

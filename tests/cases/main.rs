@@ -29,3 +29,4 @@ mod services;
 mod template;
 mod terminal;
 mod tracing;
+mod wounds;

@@ -4,34 +4,51 @@
 
 use std::sync::atomic::Ordering;
 
-use virtio_queue::{DescriptorChain, Queue, QueueT};
+use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
 
 /// Most buffers of one chain. The largest queue of any device here has 1024 entries, and no chain may be longer than its
 /// queue (2.7.5.3.1); an indirect table could otherwise name 65535.
 pub(crate) const MAX_BUFFERS: usize = 1024;
 
-/// Chains that the driver has offered and the device has not taken; none when the index in the ring cannot be, so that a loop
-/// which asks this before it goes on ends whatever the driver writes there.
-pub(crate) fn offered(queue: &Queue, mem: &GuestMemoryMmap) -> usize {
-    let ahead = queue.avail_idx(mem, Ordering::Acquire).map(|idx| idx.0.wrapping_sub(queue.next_avail()));
-    ahead.ok().filter(|count| *count <= queue.size()).map_or(0, usize::from)
+/// Chains that the driver has offered and the device has not taken.
+///
+/// # Errors
+/// When the index in the ring cannot be, which only a reset mends.
+pub(crate) fn offered(queue: &Queue, mem: &GuestMemoryMmap) -> Result<usize, Error> {
+    let ahead = queue.avail_idx(mem, Ordering::Acquire)?.0.wrapping_sub(queue.next_avail());
+    if ahead > queue.size() { Err(Error::InvalidAvailRingIndex) } else { Ok(usize::from(ahead)) }
+}
+
+/// The next chain that the driver has offered.
+///
+/// # Errors
+/// When the ring makes no sense: its index cannot be, or it names a head that there is not. Such a head could not even be given back, so
+/// the device has to be reset (virtio 1.3, 2.1.2).
+pub(crate) fn take<'m>(
+    queue: &mut Queue,
+    mem: &'m GuestMemoryMmap,
+) -> Result<Option<DescriptorChain<&'m GuestMemoryMmap>>, Error> {
+    let chain = queue.iter(mem)?.next();
+    match chain {
+        Some(chain) if chain.head_index() >= queue.size() => Err(Error::InvalidDescriptorIndex),
+        chain => Ok(chain),
+    }
 }
 
 /// Has the driver notify again; true when there is already more to take.
-pub(crate) fn listen(queue: &mut Queue, mem: &GuestMemoryMmap) -> bool {
-    // An error means rings outside guest memory, which the transport has ruled out.
-    queue.enable_notification(mem).unwrap_or(false) && offered(queue, mem) > 0
+pub(crate) fn listen(queue: &mut Queue, mem: &GuestMemoryMmap) -> Result<bool, Error> {
+    Ok(queue.enable_notification(mem)? && offered(queue, mem)? > 0)
 }
 
 /// Has the driver notify when it offers more than is there now and is too little; true when it already has.
-pub(crate) fn listen_beyond(queue: &mut Queue, mem: &GuestMemoryMmap) -> bool {
-    let (start, count) = (queue.next_avail(), offered(queue, mem));
+pub(crate) fn listen_beyond(queue: &mut Queue, mem: &GuestMemoryMmap) -> Result<bool, Error> {
+    let (start, count) = (queue.next_avail(), offered(queue, mem)?);
     // `count` is at most the size of the queue.
     queue.set_next_avail(start.wrapping_add(count as u16));
-    let more = queue.enable_notification(mem).unwrap_or(false);
+    let more = queue.enable_notification(mem);
     queue.set_next_avail(start);
-    more && offered(queue, mem) > count
+    Ok(more? && offered(queue, mem)? > count)
 }
 
 /// Why a chain was refused.
@@ -41,6 +58,8 @@ pub(crate) enum ChainError {
     TooManyBuffers,
     #[error("a device-readable buffer follows a device-writable one")]
     Order,
+    #[error("a chain that does not end, or leads to where no descriptor is")]
+    Endless,
     #[error("a buffer lies outside guest memory")]
     Memory(#[source] vm_memory::GuestMemoryError),
     #[error("chain ends before what it should hold")]
@@ -63,10 +82,13 @@ impl<'m> Chain<'m> {
         chain: DescriptorChain<&'m GuestMemoryMmap>,
     ) -> Result<Self, ChainError> {
         let mut parsed = Self { readable: Span::default(), writable: Span::default() };
+        // The iterator ends quietly where it cannot go on: in a loop, behind the table, at a bad table, beyond 4 GiB.
+        let mut whole = false;
         for (count, descriptor) in chain.enumerate() {
             if count == MAX_BUFFERS {
                 return Err(ChainError::TooManyBuffers);
             }
+            whole = !descriptor.has_next();
             let (span, access) = if descriptor.is_write_only() {
                 (&mut parsed.writable, Permissions::Write)
             } else if parsed.writable.slices.is_empty() {
@@ -82,13 +104,14 @@ impl<'m> Chain<'m> {
                 span.push(slice.map_err(ChainError::Memory)?);
             }
         }
-        Ok(parsed)
+        if whole { Ok(parsed) } else { Err(ChainError::Endless) }
     }
 }
 
 /// A run of guest memory, consumed from its front.
 #[derive(Debug, Default)]
 pub(crate) struct Span<'m> {
+    /// None of them is empty, or what goes on until nothing is left would go on for ever.
     slices: Vec<VolatileSlice<'m>>,
     /// Index of the first slice that has not been consumed.
     first: usize,
@@ -130,6 +153,10 @@ impl<'m> Span<'m> {
 
     /// Drops everything after the first `len` bytes.
     pub(crate) fn truncate(&mut self, len: usize) {
+        if len == 0 {
+            *self = Self::default();
+            return;
+        }
         let mut seen = 0;
         for (index, slice) in self.slices.iter_mut().enumerate().skip(self.first) {
             if seen + slice.len() >= len {
@@ -189,6 +216,7 @@ impl<'m> Span<'m> {
 mod tests {
     use super::*;
     use crate::mock::{Driver, memory};
+    use virtio_queue::desc::{RawDescriptor, split::Descriptor};
     use vm_memory::{Bytes, GuestAddress};
 
     fn parse<'m>(mem: &'m GuestMemoryMmap, buffers: &[(u64, u32, bool)]) -> Result<Chain<'m>, ChainError> {
@@ -235,7 +263,16 @@ mod tests {
         assert!(chain.readable.split_back(3).is_err());
         let back = chain.readable.split_back(2).unwrap();
         assert_eq!((back.len(), chain.readable.len()), (2, 0));
-        assert!(chain.readable.front(1).is_none_or(|s| s.is_empty()));
+        assert!(chain.readable.front(1).is_none());
+    }
+
+    #[test]
+    fn nothing_left_is_the_end() {
+        let mem = memory();
+        let mut chain = parse(&mem, &[(0x1000, 1, true)]).unwrap();
+        let status = chain.writable.split_back(1).unwrap();
+        assert_eq!((status.len(), chain.writable.len()), (1, 0));
+        assert_eq!((chain.writable.write(b"abc"), chain.writable.read(&mut [0; 3])), (0, 0));
     }
 
     #[test]
@@ -247,9 +284,60 @@ mod tests {
         assert!(matches!(parse(&mem, &[(end - 2, 4, true)]), Err(ChainError::Memory(_))));
     }
 
+    /// The chain of descriptor 0, of a table that is written here: address, length, flags, next.
+    fn parse_table<'m>(
+        mem: &'m GuestMemoryMmap,
+        table: &[(u64, u32, u16, u16)],
+    ) -> Result<Chain<'m>, ChainError> {
+        let mut driver = Driver::new(mem, GuestAddress(0), 16);
+        let mut queue = driver.queue();
+        driver.offer(&[(0x1000, 4, false)]);
+        for (index, (addr, len, flags, next)) in (0..).zip(table) {
+            let raw = RawDescriptor::from(Descriptor::new(*addr, *len, *flags, *next));
+            mem.write_obj(raw, GuestAddress(index * 16)).unwrap();
+        }
+        Chain::parse(mem, take(&mut queue, mem).unwrap().unwrap())
+    }
+
+    #[test]
+    fn chains_without_an_end_are_refused() {
+        const NEXT: u16 = 1;
+        const INDIRECT: u16 = 4;
+        let mem = memory();
+        for table in [
+            &[(0x1000, 4, NEXT, 0)][..],
+            &[(0x1000, 4, NEXT, 1), (0x1000, 4, NEXT, 0)],
+            &[(0x1000, 4, NEXT, 16)],
+            &[(0x1000, 4, NEXT, u16::MAX)],
+            &[(0x1000, 4, NEXT, 1), (0x2000, 15, INDIRECT, 0)],
+            &[(u64::MAX - 7, 16, INDIRECT, 0)],
+            &[(0x2000, 0, INDIRECT, 0)],
+        ] {
+            assert!(matches!(parse_table(&mem, table), Err(ChainError::Endless)), "{table:?}");
+        }
+        assert_eq!(parse_table(&mem, &[(0x1000, 4, 0, 7)]).unwrap().readable.len(), 4);
+    }
+
+    #[test]
+    fn a_ring_that_makes_no_sense_is_an_error() {
+        let mem = memory();
+        let mut driver = Driver::new(&mem, GuestAddress(0), 16);
+        let mut queue = driver.queue();
+        assert!(take(&mut queue, &mem).unwrap().is_none());
+        driver.offer(&[(0x1000, 4, false)]);
+        let ring = 16 * 16;
+        mem.write_obj(16_u16, GuestAddress(ring + 4)).unwrap();
+        assert!(matches!(take(&mut queue, &mem), Err(Error::InvalidDescriptorIndex)));
+        for ahead in [18_u16, 0x8000, 0] {
+            mem.write_obj(ahead, GuestAddress(ring + 2)).unwrap();
+            assert!(matches!(take(&mut queue, &mem), Err(Error::InvalidAvailRingIndex)));
+            assert!(offered(&queue, &mem).is_err() && listen_beyond(&mut queue, &mem).is_err());
+            assert!(listen(&mut queue, &mem).is_err());
+        }
+    }
+
     #[test]
     fn an_indirect_table_is_bounded() {
-        use virtio_queue::desc::{RawDescriptor, split::Descriptor};
         let mem = memory();
         let entries = (MAX_BUFFERS + 1) as u16;
         for i in 0..entries {

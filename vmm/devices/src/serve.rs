@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
-use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
+use virtio_queue::{DescriptorChain, QueueT};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::EventSet;
 
-use crate::chain::ChainError;
+use crate::chain::{self, ChainError};
 use crate::device::{ActiveQueue, GuestMem, Interrupt};
 
 /// How many times its queue's size a handler serves before it lets others run: a guest that adds chains as fast as they
@@ -59,7 +59,7 @@ impl<S: ServeChain> QueueHandler<S> {
         let mut served = false;
         'rounds: loop {
             queue.disable_notification(mem)?;
-            while let Some(chain) = queue.iter(mem)?.next() {
+            while let Some(chain) = chain::take(queue, mem)? {
                 let head = chain.head_index();
                 let written = self.server.serve(mem, chain).unwrap_or_else(|_| {
                     self.malformed.add(1);

@@ -86,7 +86,10 @@ impl BlkHandler {
         let mut notes = Notes::new("blk");
         while !stop.asked.load(Ordering::Acquire) {
             // A driver may have offered requests before its first notification was watched.
-            self.serve(stop, &mut bounce);
+            if self.serve(stop, &mut bounce).is_err() {
+                self.interrupt.needs_reset();
+                break;
+            }
             let mut events = [EpollEvent::default(); 2];
             match epoll.wait(-1, &mut events) {
                 Ok(count) => {
@@ -107,15 +110,14 @@ impl BlkHandler {
         self
     }
 
-    /// Serves all requests that are there.
-    pub(super) fn serve(&mut self, stop: &Stop, bounce: &mut [u8]) {
+    /// Serves all requests that are there; an error means that the ring itself is broken.
+    pub(super) fn serve(&mut self, stop: &Stop, bounce: &mut [u8]) -> Result<(), virtio_queue::Error> {
         let mem = Arc::clone(&self.mem);
         let mut untold: Option<Instant> = None;
         loop {
-            // An error means rings outside guest memory, which the transport has ruled out.
-            let _ = self.active.queue.disable_notification(&*mem);
+            self.active.queue.disable_notification(&*mem)?;
             while !stop.asked.load(Ordering::Acquire)
-                && let Some(chain) = self.active.queue.pop_descriptor_chain(&*mem)
+                && let Some(chain) = chain::take(&mut self.active.queue, &mem)?
             {
                 let head = chain.head_index();
                 let written = match Chain::parse(&mem, chain).and_then(Request::parse) {
@@ -125,20 +127,21 @@ impl BlkHandler {
                         0
                     }
                 };
-                let _ = self.active.queue.add_used(&*mem, head, written);
+                self.active.queue.add_used(&*mem, head, written)?;
                 let since = *untold.get_or_insert_with(Instant::now);
                 if since.elapsed() > COALESCE {
                     self.notify();
                     untold = None;
                 }
             }
-            if stop.asked.load(Ordering::Acquire) || !chain::listen(&mut self.active.queue, &mem) {
+            if stop.asked.load(Ordering::Acquire) || !chain::listen(&mut self.active.queue, &mem)? {
                 break;
             }
         }
         if untold.is_some() {
             self.notify();
         }
+        Ok(())
     }
 
     fn notify(&mut self) {

@@ -139,6 +139,7 @@ fn the_serial_is_the_id() {
     let serial: [u8; 20] = mem.read_obj(GuestAddress(DATA)).unwrap();
     assert_eq!(&serial, b"rootfs-1\0\0\0\0\0\0\0\0\0\0\0\0");
     assert_eq!(vm.ask(GET_ID, 0, &[(DATA, 4, true)]), (OK, 5));
+    assert_eq!(vm.ask(GET_ID, 0, &[]), (OK, 1), "no room for it is no reason to look for ever");
 }
 
 #[test]
@@ -371,4 +372,19 @@ fn parts_that_cannot_be_are_refused() {
     assert!(count((0..=MAX_DISK_PARTS).map(|_| (open(512), 1)).collect()));
     let only_written = OpenOptions::new().write(true).open(file(512).0.path()).unwrap();
     assert!(matches!(Blk::of_parts(&id(), vec![(only_written, 1)]), Err(BlkError::Mode { .. })));
+}
+
+#[test]
+fn a_head_that_there_is_not_needs_a_reset() {
+    let mem = memory();
+    let (_named, disk) = file(4096);
+    let mut vm = Machine::new(&mem, Blk::new(&id(), disk, false).unwrap());
+    vm.driver.offer_again(256);
+    vm.kick.write(1).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while vm.interrupt.reset.load(Ordering::SeqCst) == 0 {
+        assert!(Instant::now() < deadline, "nobody is told");
+        std::thread::yield_now();
+    }
+    vm.blk.reset();
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use virtio_queue::DescriptorChain;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
-use super::request::{Answer, BLOCK_BYTES, Plugged, Request, Sizes};
+use super::request::{ANSWER_BYTES, Answer, BLOCK_BYTES, Plugged, Request, Sizes};
 use super::{Goal, PlugMemory, Reached};
 use crate::chain::{Chain, ChainError};
 use crate::serve::{Counter, ServeChain};
@@ -154,10 +154,11 @@ impl<P: PlugMemory> ServeChain for Plugger<P> {
     ) -> Result<u32, ChainError> {
         let mut chain = Chain::parse(mem, chain)?;
         let request = Request::parse(&mut chain.readable)?;
-        let bytes = self.answer(request).bytes();
-        if chain.writable.len() < bytes.len() {
+        // What cannot be answered is not done either.
+        if chain.writable.len() < ANSWER_BYTES {
             return Err(ChainError::TooShort);
         }
+        let bytes = self.answer(request).bytes();
         chain.writable.write(&bytes);
         let reached = held(&self.region).reached();
         self.reached.tell(reached);

@@ -5,6 +5,9 @@ use crate::chain::{ChainError, Span};
 /// What is plugged at once, bytes: a huge page, and what Linux takes at least.
 pub(super) const BLOCK_BYTES: u64 = 2 << 20;
 
+/// Bytes of an answer.
+pub(super) const ANSWER_BYTES: usize = 10;
+
 /// What the driver asks for. Addresses and counts are as it gave them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Request {
@@ -59,7 +62,7 @@ pub(super) enum Answer {
 
 impl Answer {
     /// As the driver reads it: type, padding, state.
-    pub(super) fn bytes(self) -> [u8; 10] {
+    pub(super) fn bytes(self) -> [u8; ANSWER_BYTES] {
         let (kind, state) = match self {
             Self::Ack => (0_u8, 0),
             Self::State(state) => (0, state as u16),

@@ -181,3 +181,20 @@ fn a_running_driver_hears_of_a_new_goal() {
     mem.goal().set(BLOCK_BYTES, 3);
     assert_eq!(interrupt.config.load(Ordering::SeqCst), 1);
 }
+
+#[test]
+fn what_cannot_be_answered_is_not_done() {
+    let notes = Notes::default();
+    let (device, mut plugger, _) = device(&notes);
+    device.goal().set(BLOCK_BYTES, 1);
+    let mem = memory();
+    let request = [0_u64.to_le_bytes(), at(0).to_le_bytes(), 1_u64.to_le_bytes()].concat();
+    mem.write_slice(&request, GuestAddress(0x1_0000)).unwrap();
+    let mut driver = Driver::new(&mem, GuestAddress(0), 8);
+    let mut queue = driver.queue();
+    for (room, done) in [(9, false), (10, true)] {
+        driver.offer(&[(0x1_0000, 24, false), (0x2_0000, room, true)]);
+        let served = plugger.serve(&mem, queue.pop_descriptor_chain(&*mem).unwrap());
+        assert_eq!((served.is_ok(), notes.done.lock().unwrap().len()), (done, usize::from(done)));
+    }
+}

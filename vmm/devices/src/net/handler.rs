@@ -69,6 +69,8 @@ pub(super) struct NetHandler {
     outgoing: Box<[u8]>,
     counters: Arc<Counters>,
     notes: Notes,
+    /// A ring makes no sense: nothing is done any more.
+    broken: bool,
 }
 
 impl NetHandler {
@@ -107,6 +109,7 @@ impl NetHandler {
             outgoing: vec![0; MAX_FRAME_BYTES].into_boxed_slice(),
             counters,
             notes: Notes::new("net"),
+            broken: false,
         };
         handler.control(ControlOperation::Add, handler.tx.kick.as_raw_fd(), TX_KICK).map_err(prepare)?;
         handler.control(ControlOperation::Add, handler.rx.kick.as_raw_fd(), RX_KICK).map_err(prepare)?;
@@ -137,15 +140,20 @@ impl NetHandler {
             0
         });
         for event in events.iter().take(count) {
-            match event.data() {
+            let served = match event.data() {
                 TX_KICK => self.serve_tx(),
                 _ => {
                     if event.data() == RX_KICK {
                         // Just reported readable, and only this thread reads it.
                         let _ = self.rx.kick.read();
                     }
-                    self.serve_rx();
+                    self.serve_rx()
                 }
+            };
+            if served.is_err() {
+                self.broken = true;
+                self.interrupt.needs_reset();
+                return;
             }
         }
         self.notify();
@@ -161,8 +169,9 @@ impl NetHandler {
         }
     }
 
-    /// Moves frames from the TAP to the guest while there are frames and buffers.
-    fn serve_rx(&mut self) {
+    /// Moves frames from the TAP to the guest while there are frames and buffers. An error means that the ring itself is broken, here and
+    /// below.
+    fn serve_rx(&mut self) -> Result<(), virtio_queue::Error> {
         let mem = Arc::clone(&self.mem);
         for _ in 0..BUDGET {
             if self.held == 0 {
@@ -175,28 +184,32 @@ impl NetHandler {
                         continue;
                     }
                     Err(Errno::INTR) => continue,
-                    Err(Errno::AGAIN) => return self.resume(),
+                    Err(Errno::AGAIN) => {
+                        self.resume();
+                        return Ok(());
+                    }
                     Err(error) => {
                         self.notes.write(format_args!("cannot read from the TAP, no more frames: {error}"));
                         // Watched any longer, it would be reported without end.
                         let _ = self.watch_tap(false);
-                        return;
+                        return Ok(());
                     }
                 }
             }
-            while !self.deliver(&mem) {
+            while !self.deliver(&mem)? {
                 // The frame waits, and so does the TAP, until the guest has offered more buffers.
-                if !chain::listen_beyond(&mut self.rx.queue, &mem) {
+                if !chain::listen_beyond(&mut self.rx.queue, &mem)? {
                     if let Err(error) = self.watch_tap(false) {
                         self.notes.write(format_args!("cannot stop watching the TAP: {error}"));
                     }
-                    return;
+                    return Ok(());
                 }
             }
             self.held = 0;
         }
         // Others first; the event set reports the TAP again.
         self.resume();
+        Ok(())
     }
 
     fn resume(&mut self) {
@@ -207,16 +220,16 @@ impl NetHandler {
     }
 
     /// Puts the held frame into guest buffers; false when there are too few. A frame that can never fit is dropped.
-    fn deliver(&mut self, mem: &GuestMemoryMmap) -> bool {
+    fn deliver(&mut self, mem: &GuestMemoryMmap) -> Result<bool, virtio_queue::Error> {
         let start = self.rx.queue.next_avail();
         let merge = self.features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
         let most = if merge { MAX_BUFFERS } else { 1 };
         let mut buffers: Vec<(u16, Span<'_>)> = Vec::new();
         let mut room = 0;
         while room < self.held && buffers.len() < most {
-            let Some(chain) = self.rx.queue.pop_descriptor_chain(mem) else {
+            let Some(chain) = chain::take(&mut self.rx.queue, mem)? else {
                 self.rx.queue.set_next_avail(start);
-                return false;
+                return Ok(false);
             };
             let head = chain.head_index();
             let span = Chain::parse(mem, chain).map(|chain| chain.writable).unwrap_or_default();
@@ -244,20 +257,19 @@ impl NetHandler {
         }
         self.rx_many |= used.len() > 1;
         self.rx_used |= publish(&mut self.rx.queue, mem, &used);
-        true
+        Ok(true)
     }
 
     /// Sends frames of the guest.
-    fn serve_tx(&mut self) {
+    fn serve_tx(&mut self) -> Result<(), virtio_queue::Error> {
         // Just reported readable, and only this thread reads it.
         let _ = self.tx.kick.read();
         let mem = Arc::clone(&self.mem);
         let mut budget = BUDGET;
         loop {
-            // An error means rings outside guest memory, which the transport has ruled out.
-            let _ = self.tx.queue.disable_notification(&*mem);
+            self.tx.queue.disable_notification(&*mem)?;
             while budget > 0
-                && let Some(chain) = self.tx.queue.pop_descriptor_chain(&*mem)
+                && let Some(chain) = chain::take(&mut self.tx.queue, &mem)?
             {
                 budget -= 1;
                 let head = chain.head_index();
@@ -265,15 +277,16 @@ impl NetHandler {
                     Ok(chain) => self.transmit(chain.readable),
                     Err(_) => add(&self.counters.tx_malformed, 1),
                 }
-                self.tx_used |= self.tx.queue.add_used(&*mem, head, 0).is_ok();
+                self.tx.queue.add_used(&*mem, head, 0)?;
+                self.tx_used = true;
             }
             if budget == 0 {
                 // Others first; the event set reports this kick again.
                 let _ = self.tx.kick.write(1);
-                return;
+                return Ok(());
             }
-            if !chain::listen(&mut self.tx.queue, &mem) {
-                return;
+            if !chain::listen(&mut self.tx.queue, &mem)? {
+                return Ok(());
             }
         }
     }
@@ -334,7 +347,11 @@ impl MutEventSubscriber for NetHandler {
         }
     }
 
-    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
         self.run();
+        if self.broken {
+            // It would be reported without end.
+            let _ = ops.remove(events);
+        }
     }
 }

@@ -234,3 +234,20 @@ fn addresses_and_mtu_are_checked_and_told() {
     net.read_config(0, &mut space);
     assert_eq!(space, [2, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0x78, 0x05, 0, 0]);
 }
+
+#[test]
+fn a_head_that_there_is_not_needs_a_reset_once() {
+    let mem = memory();
+    for receives in [true, false] {
+        let mut vm = Machine::new(&mem, 0);
+        if receives {
+            vm.rx.offer_again(u16::MAX);
+            vm.wire.send(&frame(MAC, 60)).unwrap();
+        } else {
+            vm.tx.offer_again(256);
+            vm.tx_kick.write(1).unwrap();
+        }
+        vm.handler.run();
+        assert_eq!(vm.interrupt.reset.load(Ordering::SeqCst), 1);
+    }
+}

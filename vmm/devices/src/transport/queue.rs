@@ -90,8 +90,12 @@ impl QueueSetup {
         };
     }
 
-    /// The queue, if the size is a power of two within the limit and all three rings are aligned and inside memory.
+    /// The queue, if the size is a power of two within the limit and all three rings are aligned and inside memory. What is available
+    /// cannot be at address 0, which the code of the ring, here and in a file server, takes for an address that was never set.
     pub(super) fn build(&self, mem: &GuestMemoryMmap, event_idx: bool) -> Option<Queue> {
+        if self.available == 0 {
+            return None;
+        }
         let mut queue = Queue::new(self.max_size).ok()?;
         queue.try_set_size(u16::try_from(self.size).ok()?).ok()?;
         queue.try_set_desc_table_address(GuestAddress(self.descriptors)).ok()?;

@@ -292,7 +292,7 @@ fn queues_that_do_not_exist_have_no_size() {
 fn unsound_queues_stop_the_start() {
     let end = MEM_BYTES as u64;
     let good = [0x1000, 0x2000, 0x3000];
-    let bad: [(u32, [u64; 3]); 11] = [
+    let bad: [(u32, [u64; 3]); 12] = [
         (0, good),
         (3, good),
         (16, good),
@@ -304,6 +304,7 @@ fn unsound_queues_stop_the_start() {
         (8, [0x1000, end, 0x3000]),
         (8, [0x1000, 0x2000, u64::MAX - 3]),
         (8, [1 << 32, 0x2000, 0x3000]),
+        (8, [0x1000, 0, 0x3000]),
     ];
     for (size, rings) in bad {
         let mut rig = rig();

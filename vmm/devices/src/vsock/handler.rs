@@ -72,6 +72,8 @@ pub(super) struct VsockHandler {
     rx_used: bool,
     tx_used: bool,
     notes: Notes,
+    /// A ring makes no sense: nothing is done any more.
+    broken: bool,
 }
 
 impl VsockHandler {
@@ -96,11 +98,20 @@ impl VsockHandler {
             rx_used: false,
             tx_used: false,
             notes: Notes::new("vsock"),
+            broken: false,
         })
     }
 
     /// Handles what has happened so far, without waiting.
     pub(super) fn run(&mut self) {
+        if self.serve_events().is_err() {
+            self.broken = true;
+            self.interrupt.needs_reset();
+        }
+    }
+
+    /// An error means that a ring itself is broken, here and below.
+    fn serve_events(&mut self) -> Result<(), virtio_queue::Error> {
         let mut events = [EpollEvent::default(); EVENTS];
         let count = self.side.epoll.wait(0, &mut events).unwrap_or_else(|error| {
             if error.kind() != io::ErrorKind::Interrupted {
@@ -111,7 +122,7 @@ impl VsockHandler {
         for event in events.iter().take(count) {
             let (id, flags) = (event.data(), event.event_set());
             match id {
-                TX_KICK => self.serve_tx(),
+                TX_KICK => self.serve_tx()?,
                 RX_KICK => {
                     // Nonblocking; a lost race means that the kick was already seen.
                     let _ = self.queues.rx.kick.read();
@@ -121,8 +132,9 @@ impl VsockHandler {
                 id => self.serve_stream(id, flags),
             }
         }
-        self.fill_rx();
+        self.fill_rx()?;
         self.notify();
+        Ok(())
     }
 
     /// Ends what is past its deadline.
@@ -208,16 +220,15 @@ impl VsockHandler {
     }
 
     /// Takes packets from the guest.
-    fn serve_tx(&mut self) {
+    fn serve_tx(&mut self) -> Result<(), virtio_queue::Error> {
         // Nonblocking; a lost race means that the kick was already seen.
         let _ = self.queues.tx.kick.read();
         let mem = Arc::clone(&self.mem);
         let mut budget = TX_BUDGET;
         loop {
-            // An error means rings outside guest memory, which the transport has ruled out.
-            let _ = self.queues.tx.queue.disable_notification(&*mem);
+            self.queues.tx.queue.disable_notification(&*mem)?;
             while budget > 0
-                && let Some(chain) = self.queues.tx.queue.pop_descriptor_chain(&*mem)
+                && let Some(chain) = chain::take(&mut self.queues.tx.queue, &mem)?
             {
                 budget -= 1;
                 let head = chain.head_index();
@@ -225,15 +236,16 @@ impl VsockHandler {
                 if taken.is_none() {
                     Counters::add(&self.side.counters.bad_packets, 1);
                 }
-                self.tx_used |= self.queues.tx.queue.add_used(&*mem, head, 0).is_ok();
+                self.queues.tx.queue.add_used(&*mem, head, 0)?;
+                self.tx_used = true;
             }
             if budget == 0 {
                 // Others first; the set reports this kick again.
                 let _ = self.queues.tx.kick.write(1);
-                return;
+                return Ok(());
             }
-            if !chain::listen(&mut self.queues.tx.queue, &mem) {
-                return;
+            if !chain::listen(&mut self.queues.tx.queue, &mem)? {
+                return Ok(());
             }
         }
     }
@@ -317,43 +329,44 @@ impl VsockHandler {
     }
 
     /// Sends what is due to the guest while it has buffers.
-    fn fill_rx(&mut self) {
+    fn fill_rx(&mut self) -> Result<(), virtio_queue::Error> {
         let mem = Arc::clone(&self.mem);
         for _ in 0..RX_BUDGET {
-            if chain::offered(&self.queues.rx.queue, &mem) == 0 {
-                if chain::listen(&mut self.queues.rx.queue, &mem) {
+            if chain::offered(&self.queues.rx.queue, &mem)? == 0 {
+                if chain::listen(&mut self.queues.rx.queue, &mem)? {
                     continue;
                 }
-                return;
+                return Ok(());
             }
             if let Some(key) = self.resets.pop_front() {
-                self.send(&mem, &mut Header::to_guest(self.cid, key, Op::Reset), &[]);
+                self.send(&mem, &mut Header::to_guest(self.cid, key, Op::Reset), &[])?;
             } else if let Some(id) = self.side.pop_ready() {
-                self.send_from(&mem, id);
+                self.send_from(&mem, id)?;
                 self.settle(id);
             } else {
                 // Without a reason to send there is no reason to hear of new buffers.
-                let _ = self.queues.rx.queue.disable_notification(&*mem);
-                return;
+                self.queues.rx.queue.disable_notification(&*mem)?;
+                return Ok(());
             }
         }
         // Others first; the set reports this kick again.
         let _ = self.queues.rx.kick.write(1);
+        Ok(())
     }
 
     /// One connection's turn: a packet without payload, or up to [`TURN_BYTES`] of its stream.
-    fn send_from(&mut self, mem: &GuestMemoryMmap, id: u64) {
-        let Some(connection) = self.side.get(id) else { return };
+    fn send_from(&mut self, mem: &GuestMemoryMmap, id: u64) -> Result<(), virtio_queue::Error> {
+        let Some(connection) = self.side.get(id) else { return Ok(()) };
         let key = connection.key;
         if let Some((op, flags)) = connection.next_control() {
             let (buf_alloc, fwd_cnt) = connection.announce();
             let plain = Header::to_guest(self.cid, key, op);
-            self.send(mem, &mut Header { flags, buf_alloc, fwd_cnt, ..plain }, &[]);
-            return;
+            self.send(mem, &mut Header { flags, buf_alloc, fwd_cnt, ..plain }, &[])?;
+            return Ok(());
         }
-        let ahead = chain::offered(&self.queues.rx.queue, mem).saturating_mul(self.room).max(1);
+        let ahead = chain::offered(&self.queues.rx.queue, mem)?.saturating_mul(self.room).max(1);
         let mut scratch = std::mem::take(&mut self.scratch);
-        let Some(connection) = self.side.get(id) else { return };
+        let Some(connection) = self.side.get(id) else { return Ok(()) };
         let credit = connection.credit() as usize;
         let kept = connection.pending().len();
         let limit = credit.min(ahead).min(scratch.len());
@@ -370,7 +383,7 @@ impl VsockHandler {
         };
         if let Fetched::Bytes(count) = fetched {
             let data = scratch.get(..count).unwrap_or_default();
-            let done = self.send_data(mem, id, key, data);
+            let done = self.send_data(mem, id, key, data)?;
             if let Some(connection) = self.side.get(id) {
                 if kept > 0 {
                     connection.consume_pending(done);
@@ -382,35 +395,48 @@ impl VsockHandler {
             Counters::add(&self.side.counters.bytes_to_guest, done as u64);
         }
         self.scratch = scratch;
+        Ok(())
     }
 
     /// Puts bytes into as many packets as it takes and the guest has buffers for; returns how many bytes.
-    fn send_data(&mut self, mem: &GuestMemoryMmap, id: u64, key: Key, data: &[u8]) -> usize {
+    fn send_data(
+        &mut self,
+        mem: &GuestMemoryMmap,
+        id: u64,
+        key: Key,
+        data: &[u8],
+    ) -> Result<usize, virtio_queue::Error> {
         let mut done = 0;
         while let Some(rest) = data.get(done..).filter(|rest| !rest.is_empty()) {
             let Some(connection) = self.side.get(id) else { break };
             let (buf_alloc, fwd_cnt) = connection.announce();
             let plain = Header::to_guest(self.cid, key, Op::Data);
-            match self.send(mem, &mut Header { buf_alloc, fwd_cnt, ..plain }, rest) {
+            match self.send(mem, &mut Header { buf_alloc, fwd_cnt, ..plain }, rest)? {
                 Some(count) => done += count,
                 None => break,
             }
         }
-        done
+        Ok(done)
     }
 
     /// Puts one packet into the guest's next buffer, as much payload as fits; returns how much, or `None` when there is
-    /// no buffer.
-    fn send(&mut self, mem: &GuestMemoryMmap, header: &mut Header, payload: &[u8]) -> Option<usize> {
-        loop {
-            let chain = self.queues.rx.queue.pop_descriptor_chain(mem)?;
+    /// no buffer. A guest that offers useless ones as fast as they are given back gets no further than that.
+    fn send(
+        &mut self,
+        mem: &GuestMemoryMmap,
+        header: &mut Header,
+        payload: &[u8],
+    ) -> Result<Option<usize>, virtio_queue::Error> {
+        for _ in 0..self.queues.rx.queue.size() {
+            let Some(chain) = chain::take(&mut self.queues.rx.queue, mem)? else { return Ok(None) };
             let head = chain.head_index();
             let parsed = Chain::parse(mem, chain).ok();
             let span = parsed.map(|chain| chain.writable).filter(|s| s.len() > HEADER_BYTES);
             let Some(mut span) = span else {
                 // Useless to us: the guest has it back.
                 Counters::add(&self.side.counters.bad_packets, 1);
-                self.rx_used |= self.queues.rx.queue.add_used(mem, head, 0).is_ok();
+                self.queues.rx.queue.add_used(mem, head, 0)?;
+                self.rx_used = true;
                 continue;
             };
             self.room = (span.len() - HEADER_BYTES).min(MAX_PAYLOAD_BYTES as usize);
@@ -419,10 +445,12 @@ impl VsockHandler {
             span.write(&header.encode());
             span.write(payload.get(..count).unwrap_or_default());
             let written = (HEADER_BYTES + count) as u32;
-            self.rx_used |= self.queues.rx.queue.add_used(mem, head, written).is_ok();
+            self.queues.rx.queue.add_used(mem, head, written)?;
+            self.rx_used = true;
             Counters::add(&self.side.counters.packets_to_guest, 1);
-            return Some(count);
+            return Ok(Some(count));
         }
+        Ok(None)
     }
 }
 
@@ -434,7 +462,11 @@ impl MutEventSubscriber for VsockHandler {
         }
     }
 
-    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
         self.run();
+        if self.broken {
+            // It would be reported without end.
+            let _ = ops.remove(events);
+        }
     }
 }

@@ -483,3 +483,33 @@ fn an_impossible_ring_index_does_not_hang_the_device() {
     vm.tx_kick.write(1).unwrap();
     vm.handler.run();
 }
+
+#[test]
+fn a_head_that_there_is_not_needs_a_reset() {
+    let mem = memory();
+    for receives in [true, false] {
+        let mut vm = Machine::new(&mem);
+        if receives {
+            vm.rx.offer_again(256);
+            assert!(vm.send(packet(Key { guest_port: 1, host_port: 53 }, Op::Request), &[], 1));
+        } else {
+            vm.tx.offer_again(u16::MAX);
+            vm.tx_kick.write(1).unwrap();
+        }
+        vm.handler.run();
+        assert_eq!(vm.interrupt.reset.load(std::sync::atomic::Ordering::SeqCst), 1);
+    }
+}
+
+#[test]
+fn useless_buffers_come_back_and_end() {
+    let mem = memory();
+    let mut vm = Machine::new(&mem);
+    for n in 0..256 {
+        vm.rx.offer(&[(RX_BUFFERS + n * 0x1000, HEADER_BYTES as u32, true)]);
+    }
+    assert!(vm.send(packet(Key { guest_port: 1, host_port: 53 }, Op::Request), &[], 1));
+    vm.handler.run();
+    let used = std::iter::from_fn(|| vm.rx.used()).filter(|(_, len)| *len == 0).count();
+    assert_eq!(used, 256);
+}

@@ -24,6 +24,7 @@ mod nerdctl;
 mod network;
 mod options;
 mod pods;
+mod rude;
 mod run;
 mod services;
 mod template;

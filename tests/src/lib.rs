@@ -11,6 +11,7 @@ mod containerd;
 mod crictl;
 mod docker;
 mod installer;
+mod machine;
 mod nerdctl;
 mod pods;
 mod program;
@@ -33,6 +34,7 @@ pub use containerd::{
 pub use crictl::Crictl;
 pub use docker::Docker;
 pub use installer::installer_archive;
+pub use machine::{Footprint, Machine, Service, Wire};
 pub use nerdctl::Nerdctl;
 pub use pods::{Pod, PodSpec};
 pub use program::{Done, Run, Running, from_template, host, hyper};

@@ -68,6 +68,8 @@ pub(crate) struct Inputs<'a> {
     pub(crate) sabotaged: &'a Path,
     /// A program that tries to get out of the VMM's jail.
     pub(crate) stand_in: &'a Path,
+    /// A program for bare metal that misbehaves in place of a guest's kernel.
+    pub(crate) rude_guest: &'a Path,
 }
 
 /// Names in the list; a line is a name, or begins with `#`.
@@ -328,14 +330,16 @@ impl Bench<'_> {
 
     /// One process per case, its output in a file, one line per result.
     fn job(&self, names: &[String], logs: &Path, machine_is_ours: bool) -> String {
-        let Inputs { product, fixtures, sabotaged, stand_in } = self.inputs;
+        let Inputs { product, fixtures, sabotaged, stand_in, rude_guest } = self.inputs;
         let hyper = product.hyper();
         let mut job = format!(
-            "export HYPER_TEST_PREFIX='{}' HYPER_TEST_FIXTURES='{}' HYPER_TEST_SABOTAGED='{}' HYPER_TEST_STAND_IN='{}'\n",
+            "export HYPER_TEST_PREFIX='{}' HYPER_TEST_FIXTURES='{}' HYPER_TEST_SABOTAGED='{}' HYPER_TEST_STAND_IN='{}' \
+             HYPER_TEST_RUDE_GUEST='{}'\n",
             product.prefix.display(),
             fixtures.display(),
             sabotaged.display(),
             stand_in.display(),
+            rude_guest.display(),
         );
         for (variable, folder) in self.peers {
             job.push_str(&format!("export {variable}='{}'\n", folder.display()));

@@ -24,6 +24,9 @@ pub(crate) const HOST_PACKAGES: [&str; 5] =
 const VMM: &str = "hyper-vmm";
 pub(crate) const HOST_TARGET: &str = "x86_64-unknown-linux-gnu";
 
+/// Built alone: it has no standard library, and panics of its profile must not unwind.
+pub(crate) const RUDE_GUEST: &str = "hyper-rude-guest";
+
 /// Where the parts are after a build.
 pub(crate) struct Product {
     pub(crate) prefix: PathBuf,
@@ -88,6 +91,12 @@ pub(crate) fn sabotaged_initramfs() -> Result<PathBuf> {
 pub(crate) fn stand_in() -> Result<PathBuf> {
     command::run(cargo()?.args(["build", "--release", "--package", "hyper-stand-in"]))?;
     Ok(cache::target_dir()?.join("release/hyper-stand-in"))
+}
+
+/// A program for bare metal that boots in place of the guest's kernel and misbehaves: for the cases alone, nothing that is shipped.
+pub(crate) fn rude_guest() -> Result<PathBuf> {
+    command::run(cargo()?.args(["build", "--release", "--package", RUDE_GUEST, "--features", "bare"]))?;
+    Ok(cache::target_dir()?.join("release").join(RUDE_GUEST))
 }
 
 /// Builds a program of the guest.

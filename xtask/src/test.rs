@@ -60,8 +60,14 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let fixtures = fixtures::make()?;
     let sabotaged = product::sabotaged_initramfs()?;
     let stand_in = product::stand_in()?;
-    let inputs =
-        cases::Inputs { product: &product, fixtures: &fixtures, sabotaged: &sabotaged, stand_in: &stand_in };
+    let rude_guest = product::rude_guest()?;
+    let inputs = cases::Inputs {
+        product: &product,
+        fixtures: &fixtures,
+        sabotaged: &sabotaged,
+        stand_in: &stand_in,
+        rude_guest: &rude_guest,
+    };
     let cases = cases::run(options, &inputs)?;
     // Whoever asks for some cases asks for no figures; and on this host's own KVM there is no clock that counts.
     if options.filter.is_empty() && !options.lab_only && !options.trial && !options.here {
@@ -120,6 +126,12 @@ pub(crate) fn lint() -> Result<()> {
     command::run(
         cargo()?
             .args(["clippy", "--quiet", "--package", "hyper-tests", "--test", "cases"])
+            .args(["--", "--deny", "warnings"]),
+    )?;
+    // Left out above: it needs a profile whose panics do not unwind.
+    command::run(
+        cargo()?
+            .args(["clippy", "--quiet", "--release", "--package", product::RUDE_GUEST, "--features", "bare"])
             .args(["--", "--deny", "warnings"]),
     )
 }

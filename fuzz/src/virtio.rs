@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use arbitrary::Unstructured;
 use event_manager::{EventManager, MutEventSubscriber, SubscriberId, SubscriberOps};
@@ -29,6 +30,8 @@ const MOST_STEPS: usize = 200;
 const REGIONS: [(u64, usize); 2] = [(0, 256 << 10), (1 << 20, 64 << 10)];
 /// Turns of the event loop after a notification.
 const TURNS: usize = 3;
+/// How long a device's thread is given for what was offered. One that hangs is found by the reset, which waits for it.
+const SETTLE: Duration = Duration::from_millis(3);
 
 /// The event loop: turned by hand, so that an input does the same each time.
 struct Loop {
@@ -140,6 +143,9 @@ fn drive<H: Host>(data: &[u8]) {
             step => step.perform(&mut window),
         }
         window.turns.turn();
+        if H::THREAD {
+            window.settle();
+        }
         host.check();
     }
     // A reset ends whatever is under way.

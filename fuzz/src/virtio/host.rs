@@ -32,6 +32,8 @@ pub(super) trait Host: Sized {
     fn again(&mut self, mem: &GuestMem) -> Option<Box<dyn VirtioDevice>>;
     /// Does something.
     fn act(&mut self, _choice: u8, _data: &mut Unstructured<'_>) {}
+    /// Whether a thread of the device serves it, which has to be given the time.
+    const THREAD: bool = false;
     /// What must hold after each step.
     fn check(&mut self) {}
     /// What must hold when the device has gone.
@@ -98,6 +100,8 @@ fn reopened(file: &File, read_only: bool) -> Option<File> {
 }
 
 impl Host for Disk {
+    const THREAD: bool = true;
+
     fn make(data: &mut Unstructured<'_>, _mem: &GuestMem) -> Option<(Self, Box<dyn VirtioDevice>)> {
         let read_only = bool::arbitrary(data).ok()?;
         let host = Self { file: memfd(&[0x5a; DISK_BYTES])?, read_only };

@@ -1,9 +1,11 @@
 //! One thing that a driver does.
 
+use std::time::Instant;
+
 use arbitrary::{Arbitrary, Result, Unstructured};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::Window;
+use super::{SETTLE, Window};
 
 /// Registers, virtio 1.3, 4.2.2.
 const DRIVER_FEATURES_SEL: u64 = 0x24;
@@ -245,6 +247,15 @@ impl Window {
         }
         self.publish(queue, first, 1);
         self.notify(queue);
+    }
+
+    /// Waits until all that was offered where a good driver has its first ring was used, or will not be.
+    pub(super) fn settle(&self) {
+        let index = |at: u64| self.mem.read_obj::<u16>(GuestAddress(at)).unwrap_or_default();
+        let start = Instant::now();
+        while index(available(0) + 2) != index(used(0) + 2) && start.elapsed() < SETTLE {
+            std::thread::yield_now();
+        }
     }
 
     fn publish(&self, queue: u8, head: u16, ahead: u16) {

@@ -10,7 +10,9 @@ use super::container::{Container, ExecConfig, WaitCondition};
 use super::stats::{ContainerStats, Process};
 use crate::launch::scaled_ms;
 use crate::stream::wire::{Refusal, Reply, Request};
-use crate::stream::{AttachOptions, Attached, Frame, FrameError, FrameKind, FrameReader, write_frame};
+use crate::stream::{
+    AttachOptions, Attached, Frame, FrameError, FrameKind, FrameReader, is_end, write_frame,
+};
 use crate::{SandboxError, StartError};
 
 /// How long a supervisor may take to answer what needs no waiting: agents answer in milliseconds.
@@ -26,9 +28,13 @@ pub(super) struct Conversation {
 }
 
 impl Conversation {
+    /// A supervisor that ends while it is asked has closed: then there is no answer, as when it closes later.
     pub(super) async fn open(stream: UnixStream, request: &Request) -> Result<Self, FrameError> {
         let mut stream = stream;
-        write_frame(&mut stream, &Frame::json(FrameKind::Request, request)?).await?;
+        match write_frame(&mut stream, &Frame::json(FrameKind::Request, request)?).await {
+            Err(FrameError::Io(error)) if is_end(&error) => {}
+            sent => sent?,
+        }
         Ok(Self { stream, read: Vec::new() })
     }
 
@@ -241,5 +247,19 @@ impl Container {
             Reply::Stats { stats } => Ok(stats),
             _ => Err(FrameError::Payload(FrameKind::Reply).into()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_supervisor_that_has_gone_gives_no_answer() {
+        let (near, far) = UnixStream::pair().unwrap();
+        drop(far);
+        let request = Request::Wait { condition: WaitCondition::NotRunning };
+        let mut talk = Conversation::open(near, &request).await.unwrap();
+        assert!(talk.answer().await.unwrap().is_none());
     }
 }

@@ -222,7 +222,8 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     }
 }
 
-fn is_end(error: &std::io::Error) -> bool {
+/// Whether the other side has gone.
+pub(crate) fn is_end(error: &std::io::Error) -> bool {
     use std::io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
     matches!(error.kind(), UnexpectedEof | ConnectionReset | BrokenPipe)
 }

@@ -6,4 +6,4 @@ pub(crate) mod wire;
 
 pub use attach::{AttachInput, AttachOptions, AttachOutput, Attached, Output, TerminalSize};
 pub use frame::FrameError;
-pub(crate) use frame::{Frame, FrameKind, FrameReader, MAX_DATA_BYTES, write_frame};
+pub(crate) use frame::{Frame, FrameKind, FrameReader, MAX_DATA_BYTES, is_end, write_frame};

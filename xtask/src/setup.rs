@@ -23,6 +23,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("e2fsprogs", "/sbin/mkfs.ext4"),
     ("erofs-utils", "/usr/bin/mkfs.erofs"),
     ("flex", "/usr/bin/flex"),
+    ("g++", "/usr/bin/g++"),
     ("gcc", "/usr/bin/cc"),
     ("iperf3", "/usr/bin/iperf3"),
     ("iproute2", "/usr/bin/ss"),

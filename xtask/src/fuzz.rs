@@ -25,9 +25,6 @@ const MOST_BYTES: usize = 64 << 10;
 /// Seconds that one input may take, and MiB that the program may.
 const INPUT_SECONDS: u64 = 20;
 const INPUT_MIB: u64 = 1536;
-/// Longest input of those that `--keep` puts into `fuzz/corpus`, and how many.
-const KEPT_BYTES: u64 = 1 << 10;
-const KEPT: usize = 48;
 /// What the compiler adds: a counter for each edge, and a note of each comparison.
 const COVERAGE: &str = "['-Cpasses=sancov-module', '-Cllvm-args=-sanitizer-coverage-level=4', \
     '-Cllvm-args=-sanitizer-coverage-inline-8bit-counters', '-Cllvm-args=-sanitizer-coverage-pc-table', \
@@ -41,14 +38,11 @@ pub(crate) struct Options {
     /// Seconds for each.
     #[arg(long, default_value_t = SECONDS)]
     seconds: u64,
-    /// Afterwards, put the smallest set of inputs that reaches as much into `fuzz/corpus`, short ones only.
-    #[arg(long)]
-    keep: bool,
 }
 
 /// As `make test` does it.
 pub(crate) fn in_short() -> Result<()> {
-    run(&Options { targets: Vec::new(), seconds: SECONDS, keep: false })
+    run(&Options { targets: Vec::new(), seconds: SECONDS })
 }
 
 /// Drives the targets; fails when one of them found something.
@@ -114,8 +108,11 @@ fn drive(program: &Path, target: &str, options: &Options) -> Result<Option<Strin
         fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
     }
     let log = cache::dir()?.join("fuzz").join(format!("{target}.log"));
-    let mut fuzz = libfuzzer(program, target);
-    fuzz.arg(format!("-max_total_time={}", options.seconds))
+    let mut fuzz = Command::new(program);
+    fuzz.env("HYPER_FUZZ_TARGET", target)
+        .arg(format!("-timeout={INPUT_SECONDS}"))
+        .arg(format!("-rss_limit_mb={INPUT_MIB}"))
+        .arg(format!("-max_total_time={}", options.seconds))
         .arg(format!("-max_len={MOST_BYTES}"))
         .arg(format!("-artifact_prefix={}/", regressions.display()))
         .arg("-print_final_stats=1")
@@ -140,17 +137,7 @@ fn drive(program: &Path, target: &str, options: &Options) -> Result<Option<Strin
         runs.trim(),
         options.seconds
     ));
-    if options.keep {
-        keep(program, target, &learned, &beginnings)?;
-    }
     Ok(None)
-}
-
-fn libfuzzer(program: &Path, target: &str) -> Command {
-    let mut command = Command::new(program);
-    command.env("HYPER_FUZZ_TARGET", target);
-    command.arg(format!("-timeout={INPUT_SECONDS}")).arg(format!("-rss_limit_mb={INPUT_MIB}"));
-    command
 }
 
 /// Whether the program ended well.
@@ -159,37 +146,4 @@ fn logged(command: &mut Command, log: &Path) -> Result<bool> {
     let err = out.try_clone().context("sharing the log")?;
     let status = command.stdin(Stdio::null()).stdout(out).stderr(err).status();
     Ok(status.context("starting the fuzzer")?.success())
-}
-
-/// Replaces the beginnings by the smallest set of short inputs that reaches as much.
-fn keep(program: &Path, target: &str, learned: &Path, beginnings: &Path) -> Result<()> {
-    let smallest = cache::dir()?.join("fuzz").join(format!("{target}.smallest"));
-    cache::remove_dir(&smallest)?;
-    fs::create_dir_all(&smallest).with_context(|| format!("creating {}", smallest.display()))?;
-    let mut merge = libfuzzer(program, target);
-    merge.arg("-merge=1").args([smallest.as_path(), learned, beginnings]);
-    if !logged(&mut merge, &cache::dir()?.join("fuzz").join(format!("{target}.merge.log")))? {
-        bail!("the inputs of {target} cannot be merged");
-    }
-    let mut inputs = Vec::new();
-    for entry in fs::read_dir(&smallest).with_context(|| format!("reading {}", smallest.display()))? {
-        let entry = entry?;
-        inputs.push((entry.metadata()?.len(), entry.path()));
-    }
-    inputs.sort_unstable();
-    // Evenly from the shortest to the longest.
-    inputs.retain(|(bytes, _)| *bytes <= KEPT_BYTES);
-    let every = inputs.len().div_ceil(KEPT).max(1);
-    for old in fs::read_dir(beginnings).with_context(|| format!("reading {}", beginnings.display()))? {
-        let old = old?;
-        // Those with names were written by hand.
-        if old.file_name().len() == 40 {
-            fs::remove_file(old.path())?;
-        }
-    }
-    for (_, input) in inputs.iter().step_by(every) {
-        let name = input.file_name().context("an input without a name")?;
-        fs::copy(input, beginnings.join(name)).with_context(|| format!("copying {}", input.display()))?;
-    }
-    cache::remove_dir(&smallest)
 }

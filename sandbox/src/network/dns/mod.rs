@@ -97,7 +97,9 @@ pub(crate) fn answer_all(query: &[u8]) {
         }
         let _address = message::reverse_address(&question.name);
     }
-    message::failure(query).map(bounded).unwrap_or_default();
+    if let Some(answer) = message::failure(query) {
+        bounded(answer);
+    }
 }
 
 impl Resolver {

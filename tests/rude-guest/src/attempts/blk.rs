@@ -2,7 +2,7 @@
 
 use crate::device::{Device, F_INDIRECT_DESC, Live, reg};
 use crate::memory::{self, ARENA, MEMORY_END};
-use crate::requests::{ANSWER, REQUEST, SECTOR};
+use crate::requests::{ANSWER, BLK_OK as OK, REQUEST, SECTOR};
 use crate::ring::{Buffer, End, INDIRECT, USUAL_SIZE};
 use crate::tally::{Must, Outcome, Tally, answered, refused};
 
@@ -10,7 +10,6 @@ const STATUS: u64 = ANSWER + 0x1_0000;
 const DATA: u64 = ANSWER + 0x2_0000;
 const TABLE: u64 = 0x280_0000;
 
-const OK: u8 = 0;
 const UNSUPPORTED: u8 = 2;
 
 const IN: u32 = 0;

@@ -36,9 +36,9 @@ mod trace;
 
 pub use clock::{Timestamp, TimestampError};
 pub use config::{
-    ConfigError, ContainerConfig, DEFAULT_MEM_MIB, DEFAULT_SHM_BYTES, DEFAULT_STOP_TIMEOUT_S, ExtraHost,
-    ImageConfig, LEAST_MEM_MIB, MountConfig, NetworkMode, PortConfig, ProcessConfig, Protocol,
-    ResourceConfig, ResourceUpdate, RestartPolicy, SecurityConfig, UlimitConfig,
+    ConfigError, ContainerConfig, DEFAULT_MEM_MIB, DEFAULT_SHM_BYTES, DEFAULT_STOP_TIMEOUT_S, EgressRule,
+    EgressTarget, ExtraHost, ImageConfig, LEAST_MEM_MIB, MountConfig, NetworkMode, PortConfig, ProcessConfig,
+    Protocol, ResourceConfig, ResourceUpdate, RestartPolicy, SecurityConfig, UlimitConfig,
 };
 pub use dirs::{Dirs, Parts};
 pub use error::{SandboxError, StartError};

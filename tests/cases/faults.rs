@@ -1,20 +1,12 @@
 //! Everything that can go wrong is said in a line and leaves nothing behind.
 
-use hyper_tests::{Scratch, detached, given, host, hyper, image, wait_for};
-
-/// What of ours is left in the machine: processes, taps, mounts.
-fn left_over() -> String {
-    host("pgrep -a 'hyper-vmm|hyper-fs'; pgrep -fa '[h]yper supervise'; ip -o link | grep -o 'hy[0-9a-f]\\{8\\}'; \
-          grep /hyper/containers/ /proc/mounts; true")
-        .ok()
-        .text()
-}
+use hyper_tests::{Scratch, detached, given, host, hyper, image, left_over, wait_for};
 
 /// How far a start has come, as the host sees it, and the command that says so. `$id` is the container's.
 const STEPS: [(&str, &str); 6] = [
     ("recorded", "true"),
     ("supervised", "pgrep -f \"supervise $id\""),
-    ("on the network", "ip -o link | grep -o 'hy[0-9a-f]\\{8\\}'"),
+    ("on the network", "ip -o link | grep -o 'hys[0-9a-f]\\{8\\}'"),
     ("with a file server", "pgrep -x hyper-fs"),
     ("with a machine", "pgrep -x hyper-vmm"),
     ("running", "grep '\"status\": *\"running\"' $folder/state.json"),

@@ -14,6 +14,9 @@ const MOST_MIB: u64 = 96;
 /// Processor time of the attacker's machine after which its attack is under way, seconds.
 const UNDER_WAY_S: u64 = 3;
 
+/// For what floods the host, and what reaches it meanwhile.
+const HOST_TOO: &str = "--network bridge,egress=any,egress=host";
+
 /// What the host has.
 #[derive(Debug, Clone, Copy)]
 struct Host {
@@ -74,7 +77,7 @@ struct Attack {
 impl Attack {
     /// Starts the attacker with these flags and this script, after the neighbour's calm answers. It attacks when it is told to.
     fn prepare(flags: &str, script: &str) -> Self {
-        let neighbour = detached("-m 64m @busybox sleep 10000");
+        let neighbour = detached(&format!("-m 64m {HOST_TOO} @busybox sleep 10000"));
         let script = format!("until [ -e /go ]; do sleep 0.1; done; {script}");
         let attacker = Container::from(hyper(&format!("run -d {flags} @busybox sh -c")).arg(&script));
         let calm_ms = answer_ms(&neighbour);
@@ -161,7 +164,7 @@ fn a_flood_of_packets_stops_nobody() {
     let script = format!(
         "while true; do dd if=/dev/zero bs=1400 count=100000 2>/dev/null | nc -u -w 1 {gateway} 9; done"
     );
-    let attack = Attack::prepare("-m 64m", &script);
+    let attack = Attack::prepare(&format!("-m 64m {HOST_TOO}"), &script);
     attack.go();
     attack.wait_until_busy();
     attack.felt("flood of packets", 64);

@@ -51,6 +51,15 @@ pub fn host(script: &str) -> Run {
     Run::new("bash").arg("-c").arg(script)
 }
 
+/// What of ours is left in the machine: processes, TAPs, mounts.
+#[must_use]
+pub fn left_over() -> String {
+    host("pgrep -a 'hyper-vmm|hyper-fs'; pgrep -fa '[h]yper supervise'; ip -o link | grep -o 'hys[0-9a-f]\\{8\\}'; \
+          grep /hyper/containers/ /proc/mounts; true")
+        .ok()
+        .text()
+}
+
 /// A program about to be started.
 #[derive(Debug)]
 pub struct Run {

@@ -79,7 +79,7 @@ pub(crate) struct ContainerOptions {
     /// Host name inside the container
     #[arg(long, short = 'h')]
     pub(crate) hostname: Option<String>,
-    /// Network: bridge or none
+    /// Network: none, or bridge[,egress=RULE]…: where it may connect to, ADDRESS[/LEN], NAME, any, host or none, then [:PORTS][/tcp|udp]
     #[arg(long, visible_alias = "net", default_value = "bridge")]
     pub(crate) network: String,
     /// Name server

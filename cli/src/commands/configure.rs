@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use hyper_image::{Image, ImageConfig as Defaults};
 use hyper_sandbox::{
-    ContainerConfig, ExtraHost, ImageConfig, MountConfig, NetworkMode, PortConfig, ProcessConfig, Protocol,
-    ResourceConfig, RestartPolicy, SecurityConfig, UlimitConfig,
+    ContainerConfig, EgressRule, ExtraHost, ImageConfig, MountConfig, NetworkMode, PortConfig, ProcessConfig,
+    Protocol, ResourceConfig, RestartPolicy, SecurityConfig, UlimitConfig,
 };
 
 use crate::args::ContainerOptions;
@@ -39,6 +39,7 @@ pub(crate) fn configure(options: &ContainerOptions, image: &Image) -> Result<Con
 fn wish(options: &ContainerOptions, config: &Defaults, id: String) -> Result<ContainerConfig, CliError> {
     let mut labels = config.labels.clone();
     labels.extend(env::merge_labels(&options.label_file, &options.label)?);
+    let (network, egress) = network(&options.network)?;
     let stop_signal = options.stop_signal.as_deref().or(config.stop_signal.as_deref());
     Ok(ContainerConfig {
         name: options.name.clone().unwrap_or_default(),
@@ -46,7 +47,8 @@ fn wish(options: &ContainerOptions, config: &Defaults, id: String) -> Result<Con
         process: process(options, config)?,
         hostname: options.hostname.clone().unwrap_or_default(),
         resources: resources(options)?,
-        network: network(&options.network)?,
+        network,
+        egress,
         ports: ports(options, config)?,
         dns: each(&options.dns, |text| {
             text.parse()
@@ -144,7 +146,26 @@ fn rw_size(options: &[String]) -> Result<u64, CliError> {
     Ok(bytes)
 }
 
-fn network(mode: &str) -> Result<NetworkMode, CliError> {
+/// A mode, and behind it, with commas between them, where the container may connect to.
+fn network(text: &str) -> Result<(NetworkMode, Option<Vec<EgressRule>>), CliError> {
+    let mut parts = text.split(',');
+    let mode = parts.next().unwrap_or_default();
+    let mode = network_mode(mode.strip_prefix("name=").unwrap_or(mode))?;
+    let mut egress: Option<Vec<EgressRule>> = None;
+    for part in parts {
+        let Some(rule) = part.strip_prefix("egress=") else {
+            return Err(CliError::usage(format!("invalid --network {text:?}: only egress=RULE can follow")));
+        };
+        let rules = egress.get_or_insert_default();
+        // Of nothing but this there is nothing that is allowed.
+        if rule != "none" {
+            rules.push(usage(rule.parse())?);
+        }
+    }
+    Ok((mode, egress))
+}
+
+fn network_mode(mode: &str) -> Result<NetworkMode, CliError> {
     match mode {
         "bridge" | "default" => Ok(NetworkMode::Bridge),
         "none" => Ok(NetworkMode::None),

@@ -230,6 +230,7 @@ fn network_json(container: &Container) -> Value {
     let mac = network.map(|n| n.mac.clone()).unwrap_or_default();
     let prefix = network.map_or(0, |n| n.prefix_len);
     json!({
+        "Egress": container.config().egress.as_ref().map(|rules| rules.iter().map(ToString::to_string).collect::<Vec<_>>()),
         "Bridge": network.map(|n| n.bridge.clone()).unwrap_or_default(),
         "IPAddress": ip,
         "IPPrefixLen": prefix,

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use hyper_vmm_spec::{MAX_MEM_MIB, MAX_VCPUS};
 
-use super::{ContainerConfig, LEAST_MEM_MIB, MountConfig, NetworkMode, RestartPolicy};
+use super::{ContainerConfig, LEAST_MEM_MIB, MAX_EGRESS, MountConfig, NetworkMode, RestartPolicy};
 use crate::oci;
 use crate::storage::RW_BYTES;
 
@@ -80,6 +80,17 @@ pub enum ConfigError {
     /// Ports need a network.
     #[error("ports cannot be published with --network none")]
     PortsWithoutNetwork,
+    /// Bad rule of `egress=`.
+    #[error("invalid egress rule {text:?}: {why}")]
+    Egress {
+        /// As given.
+        text: String,
+        /// The reason.
+        why: &'static str,
+    },
+    /// Rules need a network.
+    #[error("egress rules make no sense with --network none: nothing is reached")]
+    EgressWithoutNetwork,
     /// Two wishes for one port.
     #[error("port {0} is published twice")]
     DuplicatePort(String),
@@ -168,6 +179,7 @@ impl ContainerConfig {
         self.check_resources()?;
         self.check_hostname()?;
         self.check_ports()?;
+        self.check_egress()?;
         self.check_mounts()?;
         for name in self.security.cap_add.iter().chain(&self.security.cap_drop) {
             oci::capability(name).ok_or_else(|| ConfigError::Capability(name.clone()))?;
@@ -253,6 +265,17 @@ impl ContainerConfig {
             if !seen.insert((port.host_ip, port.host_port, port.protocol)) {
                 return Err(ConfigError::DuplicatePort(format!("{}/{}", port.host_port, port.protocol)));
             }
+        }
+        Ok(())
+    }
+
+    fn check_egress(&self) -> Result<(), ConfigError> {
+        let Some(rules) = &self.egress else { return Ok(()) };
+        if self.network == NetworkMode::None {
+            return Err(ConfigError::EgressWithoutNetwork);
+        }
+        if rules.len() > MAX_EGRESS {
+            return Err(ConfigError::TooMany { what: "egress rules", limit: MAX_EGRESS });
         }
         Ok(())
     }

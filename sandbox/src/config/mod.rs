@@ -1,8 +1,10 @@
 //! What a container is to be ([`ContainerConfig`]): the user's wish, persisted as `containers/<id>/config.json`.
 //!
-//! Files: `parse` (Docker's notations for ports, mounts, limits), `check` (what cannot be honoured, one error each).
+//! Files: `parse` (Docker's notations for ports, mounts, limits), `egress` (where it may connect to), `check` (what cannot be honoured,
+//! one error each).
 
 mod check;
+mod egress;
 mod parse;
 
 use std::collections::BTreeMap;
@@ -13,6 +15,8 @@ use serde::{Deserialize, Serialize};
 
 pub use check::ConfigError;
 pub(crate) use check::{check_name, check_volume_name};
+pub use egress::{EgressRule, EgressTarget};
+pub(crate) use egress::{MAX_EGRESS, mask};
 
 /// Memory of a container without `-m`, MiB.
 pub const DEFAULT_MEM_MIB: u32 = 512;
@@ -41,6 +45,8 @@ pub struct ContainerConfig {
     pub resources: ResourceConfig,
     /// How it is connected.
     pub network: NetworkMode,
+    /// Where it may connect to; `None`: [`EgressTarget::Any`]. Only with [`NetworkMode::Bridge`].
+    pub egress: Option<Vec<EgressRule>>,
     /// Published ports; only with [`NetworkMode::Bridge`].
     pub ports: Vec<PortConfig>,
     /// Name servers to forward to; empty: the host's.
@@ -87,6 +93,7 @@ impl Default for ContainerConfig {
             domainname: String::new(),
             resources: ResourceConfig::default(),
             network: NetworkMode::Bridge,
+            egress: None,
             ports: Vec::new(),
             dns: Vec::new(),
             dns_search: Vec::new(),

@@ -1,13 +1,16 @@
-//! The way out: forwarding, and an nftables table of our own with address translation.
+//! The way out: forwarding, and nftables' tables of our own: address translation, and what each container may connect to (`policy`).
 //!
 //! Nobody else's rules are touched. Connections from elsewhere to containers are dropped: the way in is a published port.
 
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::Stdio;
+use std::time::Duration;
 
 use tokio::io::AsyncWriteExt;
 
 use super::NetworkError;
+use super::policy::{self, Policy, SEAT_PREFIX, Seat};
 use super::subnet::Subnet;
 use crate::launch::scaled_ms;
 
@@ -17,40 +20,103 @@ const NFT_MS: u64 = 10_000;
 const MAX_OUTPUT_BYTES: usize = 64 * 1024;
 const FORWARD: &str = "/proc/sys/net/ipv4/ip_forward";
 
-/// Name of our table for a bridge.
-fn table(bridge: &str) -> String {
-    if bridge == super::DEFAULT_BRIDGE { "hyper".to_owned() } else { format!("hyper_{bridge}") }
+/// The tables of a bridge.
+#[derive(Debug, Clone)]
+pub(super) struct Firewall {
+    bridge: String,
+    subnet: Subnet,
+    table: String,
+    /// What leads from an address to its chains: out, in. Another network has others, so that a bridge which was made anew with another
+    /// network is seen to be not served yet.
+    maps: [String; 2],
 }
 
-/// What makes the table anew; one transaction.
-fn script(bridge: &str, subnet: Subnet) -> String {
-    let table = table(bridge);
-    format!(
-        "add table inet {table}\n\
-         flush table inet {table}\n\
-         table inet {table} {{\n\
-         \tchain postrouting {{\n\
-         \t\ttype nat hook postrouting priority srcnat; policy accept;\n\
-         \t\tip saddr {subnet} oifname != \"{bridge}\" masquerade\n\
-         \t}}\n\
-         \tchain forward {{\n\
-         \t\ttype filter hook forward priority filter; policy accept;\n\
-         \t\toifname \"{bridge}\" iifname != \"{bridge}\" ct state established,related accept\n\
-         \t\toifname \"{bridge}\" iifname != \"{bridge}\" drop\n\
-         \t}}\n\
-         }}\n"
-    )
-}
-
-/// Turns forwarding on and makes our table, if they are not there.
-pub(crate) async fn ensure(bridge: &str, subnet: Subnet) -> Result<(), NetworkError> {
-    enable_forwarding(Path::new(FORWARD))?;
-    if let Ok(rules) = nft(&["list", "table", "inet", &table(bridge)], "").await
-        && rules.contains(&format!("ip saddr {subnet} oifname != \"{bridge}\" masquerade"))
-    {
-        return Ok(());
+impl Firewall {
+    pub(super) fn new(bridge: &str, subnet: Subnet) -> Self {
+        let table =
+            if bridge == super::DEFAULT_BRIDGE { "hyper".to_owned() } else { format!("hyper_{bridge}") };
+        let of_net = |way: &str| format!("{way}_of_{}_{}", Seat(subnet.gateway()), subnet.prefix_len());
+        Self { bridge: bridge.to_owned(), subnet, table, maps: [of_net("out"), of_net("in")] }
     }
-    nft(&["-f", "-"], &script(bridge, subnet)).await.map(|_| ())
+
+    /// Turns forwarding on, and puts a container on its seat. The tables are made when they are not there.
+    pub(super) async fn seat(&self, seat: Seat, policy: &Policy) -> Result<(), NetworkError> {
+        enable_forwarding(Path::new(FORWARD))?;
+        let own = policy::script(&self.table, &self.maps, seat, policy);
+        if nft(&own).await.is_ok() {
+            return Ok(());
+        }
+        nft(&format!("{}{own}", self.script())).await
+    }
+
+    /// Lets a container reach addresses that a name of its rules has, for so long.
+    pub(super) async fn learn(
+        &self,
+        seat: Seat,
+        addresses: &[(usize, Ipv4Addr)],
+        time: Duration,
+    ) -> Result<(), NetworkError> {
+        let mut text = String::new();
+        for (rule, address) in addresses {
+            let element = format!("element inet {} {} {{ {address}", self.table, seat.names(*rule));
+            let timeout = format!("timeout {}s", time.as_secs());
+            // One that is there keeps its time, so it is taken out first; what is taken out has to be there.
+            text.push_str(&format!(
+                "add {element} {timeout} }}\ndelete {element} }}\nadd {element} {timeout} }}\n"
+            ));
+        }
+        nft(&text).await
+    }
+
+    /// What makes the tables, or makes them right; containers on their seats are left there. One transaction.
+    fn script(&self) -> String {
+        let Self { bridge, subnet, table, maps: [out, inward] } = self;
+        format!(
+            "add table bridge hyper\n\
+             add set bridge hyper seats {{ type ifname . ether_addr . ipv4_addr; }}\n\
+             add set bridge hyper walled {{ type ifname; }}\n\
+             add chain bridge hyper seated {{ type filter hook prerouting priority -300; policy accept; }}\n\
+             add chain bridge hyper between {{ type filter hook forward priority 0; policy accept; }}\n\
+             flush chain bridge hyper seated\n\
+             flush chain bridge hyper between\n\
+             table bridge hyper {{\n\
+             \tchain seated {{\n\
+             \t\tiifname != \"{SEAT_PREFIX}*\" accept\n\
+             \t\tiifname . ether saddr . arp saddr ip @seats iifname . arp saddr ether . arp saddr ip @seats accept\n\
+             \t\tiifname . ether saddr . ip saddr @seats accept\n\
+             \t\tdrop\n\
+             \t}}\n\
+             \tchain between {{\n\
+             \t\tiifname @walled drop\n\
+             \t\toifname @walled drop\n\
+             \t}}\n\
+             }}\n\
+             add table inet {table}\n\
+             add map inet {table} {out} {{ type ipv4_addr : verdict; }}\n\
+             add map inet {table} {inward} {{ type ipv4_addr : verdict; }}\n\
+             add chain inet {table} postrouting {{ type nat hook postrouting priority srcnat; policy accept; }}\n\
+             add chain inet {table} forward {{ type filter hook forward priority filter; policy accept; }}\n\
+             add chain inet {table} input {{ type filter hook input priority filter; policy accept; }}\n\
+             flush chain inet {table} postrouting\n\
+             flush chain inet {table} forward\n\
+             flush chain inet {table} input\n\
+             table inet {table} {{\n\
+             \tchain postrouting {{\n\
+             \t\tip saddr {subnet} oifname != \"{bridge}\" masquerade\n\
+             \t}}\n\
+             \tchain forward {{\n\
+             \t\toifname \"{bridge}\" iifname != \"{bridge}\" ct state established,related accept\n\
+             \t\toifname \"{bridge}\" iifname != \"{bridge}\" drop\n\
+             \t\tiifname \"{bridge}\" ct state established,related accept\n\
+             \t\tiifname \"{bridge}\" ip saddr vmap @{out}\n\
+             \t}}\n\
+             \tchain input {{\n\
+             \t\tiifname \"{bridge}\" ct state established,related accept\n\
+             \t\tiifname \"{bridge}\" ip saddr vmap @{inward}\n\
+             \t}}\n\
+             }}\n"
+        )
+    }
 }
 
 fn enable_forwarding(path: &Path) -> Result<(), NetworkError> {
@@ -61,37 +127,36 @@ fn enable_forwarding(path: &Path) -> Result<(), NetworkError> {
     std::fs::write(path, "1").map_err(|source| NetworkError::Forwarding { path: path.to_owned(), source })
 }
 
-/// Runs `nft` and returns what it printed.
-async fn nft(args: &[&str], input: &str) -> Result<String, NetworkError> {
+/// Has `nft` carry out a script: all of it or nothing.
+async fn nft(script: &str) -> Result<(), NetworkError> {
     let var = std::env::var_os("PATH").unwrap_or_default().to_string_lossy().into_owned();
     let mut command = tokio::process::Command::new("nft");
     command
-        .args(args)
+        .args(["-f", "-"])
         .env("PATH", format!("{var}:/usr/sbin:/sbin"))
         .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
+        .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .kill_on_drop(true);
-    let failed = |message: String| NetworkError::Nft { command: args.join(" "), message };
+    let failed = |message: String| NetworkError::Nft { message };
     let mut child = match command.spawn() {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(NetworkError::NoNft),
         child => child.map_err(|error| failed(error.to_string()))?,
     };
     let run = async {
         if let Some(mut stdin) = child.stdin.take() {
-            stdin.write_all(input.as_bytes()).await?;
+            stdin.write_all(script.as_bytes()).await?;
         }
         child.wait_with_output().await
     };
     let output = tokio::time::timeout(scaled_ms(NFT_MS), run).await;
     let output =
         output.map_err(|_| failed("it takes too long".into()))?.map_err(|error| failed(error.to_string()))?;
-    let text =
-        |bytes: &[u8]| String::from_utf8_lossy(bytes.get(..MAX_OUTPUT_BYTES).unwrap_or(bytes)).into_owned();
     if output.status.success() {
-        return Ok(text(&output.stdout));
+        return Ok(());
     }
-    let stderr = text(&output.stderr);
+    let stderr = output.stderr.get(..MAX_OUTPUT_BYTES).unwrap_or(&output.stderr);
+    let stderr = String::from_utf8_lossy(stderr);
     Err(failed(stderr.lines().next().map_or_else(|| output.status.to_string(), str::to_owned)))
 }
 
@@ -101,10 +166,13 @@ mod tests {
 
     #[test]
     fn script_names_bridge_and_subnet() {
-        let text = script("hyper0", "10.120.0.0/16".parse().unwrap());
-        assert!(text.contains("table inet hyper {"));
-        assert!(text.contains("ip saddr 10.120.0.0/16 oifname != \"hyper0\" masquerade"));
-        assert!(script("br7", "10.1.0.0/24".parse().unwrap()).contains("table inet hyper_br7 {"));
+        let text = |bridge: &str, subnet: &str| Firewall::new(bridge, subnet.parse().unwrap()).script();
+        let usual = text("hyper0", "10.120.0.0/16");
+        assert!(usual.contains("table inet hyper {"));
+        assert!(usual.contains("ip saddr 10.120.0.0/16 oifname != \"hyper0\" masquerade"));
+        assert!(usual.contains("iifname \"hyper0\" ip saddr vmap @out_of_0a780001_16"), "{usual}");
+        let other = text("br7", "10.1.0.0/24");
+        assert!(other.contains("table inet hyper_br7 {") && other.contains("table bridge hyper {"));
     }
 
     #[test]

@@ -1,17 +1,20 @@
 //! The host's side of a container's network: a bridge that all share, a TAP and an address for each.
 //!
 //! ```text
-//! container eth0 -- hyper-vmm -- TAP hy<8 hex> -- bridge hyper0 (first address) -- forwarding, masquerade -- world
+//! container eth0 -- hyper-vmm -- TAP hys<address> -- bridge hyper0 (first address) -- forwarding, masquerade -- world
 //!                                                   |
 //! published ports: proxy in the supervisor ---------+      names: service on a vsock port, see `dns`
 //! ```
 //!
-//! Files: `subnet`, `lease` (addresses), `link` (bridge, TAP), `firewall` (the way out), `publish` (the way in), `dns`, `resolv`.
+//! Files: `subnet`, `lease` (addresses), `link` (bridge, TAP), `firewall` (the way out),
+//! `policy` and `names` (where it may lead), `publish` (the way in), `dns`, `resolv`.
 
 pub(crate) mod dns;
 mod firewall;
 mod lease;
 mod link;
+mod names;
+mod policy;
 pub(crate) mod publish;
 pub(crate) mod resolv;
 mod subnet;
@@ -22,17 +25,23 @@ use std::path::{Path, PathBuf};
 
 use tokio::task::JoinHandle;
 
+use self::firewall::Firewall;
+use self::policy::Seat;
 use crate::SandboxError;
 use crate::state::NetworkState;
 use crate::store::{FileLock, make_private_dir};
 
 pub(crate) use link::{MTU, make_tap};
+pub(crate) use names::Names;
+pub(crate) use policy::Policy;
 pub(crate) use subnet::mac_text;
 
 /// The bridge without `HYPER_BRIDGE`.
 pub(crate) const DEFAULT_BRIDGE: &str = "hyper0";
 /// Where locks and leases of all bridges are; of the host, whoever's home it is.
 const NET_DIR: &str = "/run/hyper-net";
+/// Most addresses that are passed over because their TAPs are still there.
+const MOST_PASSED: usize = 256;
 
 /// Why the network could not be set up. Every message says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -107,11 +116,9 @@ pub enum NetworkError {
     NoNft,
     /// nft failed.
     #[error(
-        "nft {command} failed: {message}; the host's kernel needs nf_tables with NAT, or use --network none"
+        "nft failed: {message}; the host's kernel needs nf_tables with NAT and for bridges, or use --network none"
     )]
     Nft {
-        /// Its arguments.
-        command: String,
         /// First line of its standard error.
         message: String,
     },
@@ -147,6 +154,7 @@ pub(crate) struct Link {
     pub(crate) tap: Option<OwnedFd>,
     pub(crate) mac: [u8; 6],
     pub(crate) state: NetworkState,
+    names: Option<Names>,
     firewall: Option<JoinHandle<Result<(), NetworkError>>>,
     _lease: lease::Lease,
 }
@@ -169,39 +177,50 @@ impl NetworkSettings {
     }
 
     /// Puts a container on the bridge; `last` is the address that it had. The firewall is seen to meanwhile: see [`Link::ready`].
-    pub(crate) async fn connect(&self, id: &str, last: Option<IpAddr>) -> Result<Link, SandboxError> {
+    pub(crate) async fn connect(&self, last: Option<IpAddr>, policy: &Policy) -> Result<Link, SandboxError> {
         make_private_dir(&self.dir)?;
-        let last = last.and_then(|ip| match ip {
-            IpAddr::V4(ip) => Some(ip),
-            IpAddr::V6(_) => None,
-        });
-        let lease = lease::take(&self.dir.join("leases"), self.subnet, last)?;
-        let name = format!("hy{}", id.get(..8).unwrap_or(id));
         {
             let _lock =
                 FileLock::take_within(&self.dir.join("lock"), crate::launch::scaled_ms(10_000)).await?;
             link::ensure_bridge(&self.bridge, self.subnet)?;
         }
-        let tap = link::open_tap(&name, &self.bridge)?;
-        let mac = subnet::mac_of(lease.ip);
+        let (lease, tap) = self.take_seat(last)?;
+        let (seat, mac) = (Seat(lease.ip), subnet::mac_of(lease.ip));
         let state = NetworkState {
             ip: lease.ip.into(),
             prefix_len: self.subnet.prefix_len(),
             gateway: self.gateway(),
             mac: mac_text(mac),
-            tap: name,
+            tap: seat.tap(),
             bridge: self.bridge.clone(),
         };
-        let settings = self.clone();
-        let firewall = tokio::spawn(async move { settings.ensure_firewall().await });
-        Ok(Link { tap: Some(tap), mac, state, firewall: Some(firewall), _lease: lease })
+        let walls = Firewall::new(&self.bridge, self.subnet);
+        let names = Names::new(walls.clone(), seat, policy.clone());
+        let policy = policy.clone();
+        let firewall = tokio::spawn(async move { walls.seat(seat, &policy).await });
+        Ok(Link { tap: Some(tap), mac, state, names: Some(names), firewall: Some(firewall), _lease: lease })
     }
 
-    async fn ensure_firewall(&self) -> Result<(), NetworkError> {
-        let path = self.dir.join("firewall.lock");
-        // Two at once would find two half-made tables; nft itself is transactional, so going on without the lock is harmless.
-        let _lock = FileLock::take_within(&path, crate::launch::scaled_ms(10_000)).await.ok();
-        firewall::ensure(&self.bridge, self.subnet).await
+    /// An address, and the TAP that is named after it. The TAP of a machine that is just ending keeps its name a little longer than its
+    /// address: then the next address is taken.
+    fn take_seat(&self, last: Option<IpAddr>) -> Result<(lease::Lease, OwnedFd), SandboxError> {
+        let last = last.and_then(|ip| match ip {
+            IpAddr::V4(ip) => Some(ip),
+            IpAddr::V6(_) => None,
+        });
+        let mut passed = Vec::new();
+        loop {
+            let lease = lease::take(&self.dir.join("leases"), self.subnet, last)?;
+            match link::open_tap(&Seat(lease.ip).tap(), &self.bridge) {
+                Err(NetworkError::Interface { source, .. })
+                    if source.raw_os_error() == Some(libc::EBUSY) && passed.len() < MOST_PASSED =>
+                {
+                    // Held, so that another one is found.
+                    passed.push(lease);
+                }
+                tap => return Ok((lease, tap?)),
+            }
+        }
     }
 }
 
@@ -211,7 +230,12 @@ impl Link {
         self.tap.take()
     }
 
-    /// Waits until packets can leave the host.
+    /// Gives what the container may ask for to its name service.
+    pub(crate) fn take_names(&mut self) -> Option<Names> {
+        self.names.take()
+    }
+
+    /// Waits until packets can leave the host, those that may and no others.
     pub(crate) async fn ready(&mut self) -> Result<(), SandboxError> {
         match self.firewall.take() {
             None => Ok(()),

@@ -19,10 +19,10 @@ use crate::launch::{
     self, DEFAULT_BOOT_MS, DiskPlan, Guest, GuestPlan, HostPortPlan, MemorySizing, NetPlan, SharePlan, Steps,
     rpc_error,
 };
-use crate::network::dns::NameService;
+use crate::network::dns::{NameService, Resolver};
 use crate::network::publish::Listeners;
 use crate::network::resolv::{HostResolver, upstreams};
-use crate::network::{Link, MTU, NetworkSettings};
+use crate::network::{Link, MTU, NetworkSettings, Policy};
 use crate::sockets::{HostSockets, Offer};
 use crate::stream::TerminalSize;
 use crate::{Container, Home, SandboxError, StartError, oci, storage};
@@ -97,12 +97,18 @@ pub(super) async fn machine(
         (None, None, None, sockets.port.take().into_iter().collect::<Vec<_>>());
     if config.network == NetworkMode::Bridge {
         let settings = NetworkSettings::from_env()?;
-        let mut connected = settings.connect(id, last_address(container)).await?;
+        let mut connected = settings.connect(last_address(container), &Policy::of(config)).await?;
         net = connected.take_tap().map(|tap| NetPlan { tap, mac: connected.mac, mtu: MTU });
         let (callers, port) = launch::Callers::of_port(DNS_PORT)
             .map_err(|source| SandboxError::io("make a socket in", &run_dir, source))?;
         host_ports.push(port);
-        names = Some(NameService::start(callers, home, settings.gateway(), upstreams(config, &host)));
+        let resolver = Resolver {
+            home: home.clone(),
+            gateway: settings.gateway(),
+            upstreams: upstreams(config, &host),
+            names: connected.take_names(),
+        };
+        names = Some(NameService::start(callers, resolver));
         link = Some(connected);
         steps.done("network");
     }

@@ -11,7 +11,11 @@ const TTL_S: u32 = 5;
 /// Pointer to the name of the question (4.1.4).
 const NAME_POINTER: [u8; 2] = [0xc0, 0x0c];
 const CLASS_IN: u16 = 1;
-const SERVFAIL: u8 = 2;
+/// Response codes (RFC 1035, 4.1.1): nobody could be asked; there is no such name.
+pub(super) const SERVFAIL: u8 = 2;
+pub(super) const NXDOMAIN: u8 = 3;
+/// Most addresses that are read out of one answer.
+const MAX_ADDRESSES: usize = 64;
 
 /// What is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,6 +99,15 @@ impl Question {
         Some(Self { name, kind, end: at + 4 })
     }
 
+    /// The query that this question came from, with nothing but it.
+    pub(super) fn bare(&self, query: &[u8]) -> Option<Vec<u8>> {
+        let mut out = query.get(..self.end)?.to_vec();
+        // Recursion as desired; one question, no other sections.
+        let head = [query.get(2)? & 0x01, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+        out.get_mut(2..HEADER_BYTES)?.copy_from_slice(&head);
+        Some(out)
+    }
+
     /// The whole answer to the query that this question came from.
     pub(super) fn reply(&self, query: &[u8], answer: &Answer) -> Vec<u8> {
         let records: Vec<(u16, Vec<u8>)> = match answer {
@@ -139,15 +152,54 @@ fn encode_name(name: &str) -> Vec<u8> {
     out
 }
 
-/// An answer that says that there was no answer.
-pub(super) fn failure(query: &[u8]) -> Option<Vec<u8>> {
+/// Behind a name, which may end in a pointer (4.1.4).
+fn behind_name(message: &[u8], mut at: usize) -> Option<usize> {
+    loop {
+        let len = usize::from(*message.get(at)?);
+        match len {
+            0 => return Some(at + 1),
+            1..=63 => at += 1 + len,
+            0xc0.. => return Some(at + 2),
+            _ => return None,
+        }
+    }
+}
+
+/// IPv4 addresses in the answer section of a message, each with the seconds for which it holds; those before the first broken record.
+pub(super) fn addresses(message: &[u8]) -> Vec<(Ipv4Addr, u32)> {
+    let mut found = Vec::new();
+    let mut next = || {
+        let mut at = HEADER_BYTES;
+        for _ in 0..be16(message, 4)? {
+            at = behind_name(message, at)? + 4;
+        }
+        for _ in 0..be16(message, 6)? {
+            at = behind_name(message, at)?;
+            let (kind, class, len) = (be16(message, at)?, be16(message, at + 2)?, be16(message, at + 8)?);
+            let seconds = u32::from_be_bytes(message.get(at + 4..at + 8)?.try_into().ok()?);
+            let data = message.get(at + 10..at + 10 + usize::from(len))?;
+            if let (1, CLASS_IN, Ok(octets)) = (kind, class, <[u8; 4]>::try_from(data))
+                && found.len() < MAX_ADDRESSES
+            {
+                found.push((Ipv4Addr::from(octets), seconds));
+            }
+            at += 10 + usize::from(len);
+        }
+        Some(())
+    };
+    let _whole = next();
+    found
+}
+
+/// An answer that says why there is none.
+pub(super) fn failure(query: &[u8], why: u8) -> Option<Vec<u8>> {
     let mut out = match Question::parse(query) {
         Some(question) => query.get(..question.end)?.to_vec(),
         None => query.get(..HEADER_BYTES)?.to_vec(),
     };
     let questions = u8::from(out.len() > HEADER_BYTES);
     let flags = out.get(2).copied()? & 0x79 | 0x80;
-    let head = [flags, 0x80 | SERVFAIL, 0, questions, 0, 0, 0, 0, 0, 0];
+    let head = [flags, 0x80 | why, 0, questions, 0, 0, 0, 0, 0, 0];
     out.get_mut(2..HEADER_BYTES)?.copy_from_slice(&head);
     Some(out)
 }
@@ -214,7 +266,7 @@ pub(super) mod tests {
         let message = query("some.name.example", 28);
         for len in 0..message.len() {
             assert_eq!(Question::parse(&message[..len]), None, "{len}");
-            let _ = failure(&message[..len]);
+            let _ = failure(&message[..len], SERVFAIL);
         }
         for at in 0..message.len() {
             for byte in [0, 1, 63, 64, 0xc0, 0xff] {
@@ -224,7 +276,7 @@ pub(super) mod tests {
                     assert!(question.end <= broken.len());
                     question.reply(&broken, &Answer::Name("x".into()));
                 }
-                let _ = failure(&broken);
+                let _ = failure(&broken, SERVFAIL);
             }
         }
         assert!(!is_query(&[0; 11]));
@@ -233,10 +285,49 @@ pub(super) mod tests {
         assert!(!is_query(&answer));
     }
 
+    /// An answer to [`query`] with an alias and two addresses.
+    pub(crate) fn answer_with(query: &[u8], addresses: &[[u8; 4]]) -> Vec<u8> {
+        let mut out = query.to_vec();
+        out[2] |= 0x80;
+        out[7] = u8::try_from(addresses.len() + 1).unwrap();
+        out.extend([0xc0, 0x0c, 0, 5, 0, 1, 0, 0, 0, 60, 0, 4, 1, b'x', 0xc0, 0x0c]);
+        for address in addresses {
+            out.extend([1, b'x', 0xc0, 0x0c, 0, 1, 0, 1, 0, 0, 1, 44, 0, 4]);
+            out.extend(address);
+        }
+        out
+    }
+
+    #[test]
+    fn addresses_of_an_answer() {
+        let answer = answer_with(&query("example.org", 1), &[[192, 0, 2, 1], [192, 0, 2, 2]]);
+        let both = [(Ipv4Addr::new(192, 0, 2, 1), 300), (Ipv4Addr::new(192, 0, 2, 2), 300)];
+        assert_eq!(addresses(&answer), both);
+        for len in 0..answer.len() {
+            assert!(both.starts_with(&addresses(&answer[..len])), "{len}");
+        }
+        for at in 0..answer.len() {
+            for byte in [0, 1, 63, 64, 0xc0, 0xff] {
+                let mut broken = answer.clone();
+                broken[at] = byte;
+                assert!(addresses(&broken).len() <= 3);
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_but_the_question_is_left() {
+        let mut message = query("example.org", 1);
+        let plain = message.clone();
+        message[11] = 1;
+        message.extend([0, 0, 41, 4, 208, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(Question::parse(&message).unwrap().bare(&message).unwrap(), plain);
+    }
+
     #[test]
     fn failures_keep_the_question() {
         let message = query("example.org", 1);
-        let answer = failure(&message).unwrap();
+        let answer = failure(&message, SERVFAIL).unwrap();
         assert_eq!(answer.len(), message.len());
         assert_eq!((answer[2] & 0x80, answer[3] & 0x0f), (0x80, SERVFAIL));
     }

@@ -16,10 +16,11 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use self::message::{Answer, Kind, Question};
+use self::message::{Answer, Kind, NXDOMAIN, Question, SERVFAIL};
 use crate::Home;
 use crate::config::NetworkMode;
 use crate::launch::{Callers, scaled_ms};
+use crate::network::Names;
 
 /// Most questions of one guest at a time; more wait.
 const MAX_QUESTIONS: usize = 64;
@@ -42,16 +43,21 @@ impl Drop for NameService {
 
 /// Who is asked.
 #[derive(Debug)]
-struct Resolver {
-    home: Home,
-    gateway: IpAddr,
-    upstreams: Vec<SocketAddr>,
+pub(crate) struct Resolver {
+    /// Whose containers have names.
+    pub(crate) home: Home,
+    /// The host, as containers see it.
+    pub(crate) gateway: IpAddr,
+    /// For everybody else's names.
+    pub(crate) upstreams: Vec<SocketAddr>,
+    /// Which of those may be asked for; `None`: all.
+    pub(crate) names: Option<Names>,
 }
 
 impl NameService {
     /// Answers what comes in at `callers`.
-    pub(crate) fn start(callers: Callers, home: &Home, gateway: IpAddr, upstreams: Vec<SocketAddr>) -> Self {
-        let resolver = Arc::new(Resolver { home: home.clone(), gateway, upstreams });
+    pub(crate) fn start(callers: Callers, resolver: Resolver) -> Self {
+        let resolver = Arc::new(resolver);
         Self { task: tokio::spawn(async move { serve(&callers, &resolver).await }) }
     }
 }
@@ -97,9 +103,11 @@ pub(crate) fn answer_all(query: &[u8]) {
         }
         let _address = message::reverse_address(&question.name);
     }
-    if let Some(answer) = message::failure(query) {
+    if let Some(answer) = message::failure(query, SERVFAIL) {
         bounded(answer);
     }
+    let found = message::addresses(query);
+    assert!(found.len() * 16 <= query.len(), "{} addresses in {} bytes", found.len(), query.len());
 }
 
 impl Resolver {
@@ -118,14 +126,38 @@ impl Resolver {
         if !message::is_query(query) {
             return None;
         }
-        if let Some(question) = Question::parse(query)
-            && let Some(answer) = self.known(&question)
+        let question = Question::parse(query);
+        if let Some(question) = &question
+            && let Some(answer) = self.known(question)
         {
             return Some(question.reply(query, &answer));
         }
-        match forward::forward(query, &self.upstreams).await {
-            Some(answer) => Some(answer),
-            None => message::failure(query),
+        match &self.names {
+            Some(names) if names.has_rules() => self.ask_by_the_rules(names, question?, query).await,
+            _ => match forward::forward(query, &self.upstreams).await {
+                Some(answer) => Some(answer),
+                None => message::failure(query, SERVFAIL),
+            },
+        }
+    }
+
+    /// For a container that may not connect to everything: nothing but the question is passed on, and what its name has can be connected
+    /// to before the answer is given.
+    async fn ask_by_the_rules(&self, names: &Names, question: Question, query: &[u8]) -> Option<Vec<u8>> {
+        let Some(rules) = names.may_ask(&question.name) else {
+            tracing::debug!(name = question.name, "no rule has this name");
+            return message::failure(query, NXDOMAIN);
+        };
+        let bare = question.bare(query)?;
+        let Some(answer) = forward::forward(&bare, &self.upstreams).await else {
+            return message::failure(query, SERVFAIL);
+        };
+        match names.learn(&rules, &message::addresses(&answer)).await {
+            Ok(()) => Some(answer),
+            Err(error) => {
+                tracing::warn!(%error, name = question.name, "what a name has cannot be let through");
+                message::failure(query, SERVFAIL)
+            }
         }
     }
 
@@ -210,7 +242,12 @@ mod tests {
     }
 
     fn resolver(home: &Home) -> Resolver {
-        Resolver { home: home.clone(), gateway: "10.120.0.1".parse().unwrap(), upstreams: Vec::new() }
+        Resolver {
+            home: home.clone(),
+            gateway: "10.120.0.1".parse().unwrap(),
+            upstreams: Vec::new(),
+            names: None,
+        }
     }
 
     fn ask(resolver: &Resolver, name: &str, kind: Kind) -> Option<Answer> {
@@ -247,8 +284,7 @@ mod tests {
         let (_dir, home) = home();
         running(&home, "db", "10.120.0.7");
         let (callers, port) = Callers::of_port(1027).unwrap();
-        let gateway = "10.120.0.1".parse().unwrap();
-        let _service = NameService::start(callers, &home, gateway, Vec::new());
+        let _service = NameService::start(callers, resolver(&home));
         let call = || {
             let guest = callers_testing::call(&port);
             guest.set_nonblocking(true).unwrap();

@@ -22,6 +22,7 @@ fn main() -> ExitCode {
         Err(error) => return misused(&error),
     };
     log_to_stderr(cli.debug);
+    std::panic::set_hook(Box::new(give_up));
     if let args::Verb::Supervise { id } = &cli.verb {
         return finish(commands::supervise(id));
     }
@@ -36,6 +37,15 @@ fn main() -> ExitCode {
     // A thread may still be in a read of standard input; the process ends without it.
     runtime.shutdown_background();
     finish(outcome)
+}
+
+/// What libraries give up on, such as a host that has no more threads for them, is a line and an exit code, too.
+#[expect(clippy::exit, reason = "there is nobody left to return to")]
+fn give_up(panic: &std::panic::PanicHookInfo<'_>) {
+    let what = panic.payload_as_str().unwrap_or("it is not known why").replace('\n', " ");
+    let place = panic.location().map(|at| format!(" ({}:{})", at.file(), at.line())).unwrap_or_default();
+    output::error(format!("cannot go on: {what}{place}"));
+    std::process::exit(error::CODE_OURS);
 }
 
 fn finish(outcome: Result<i32, error::CliError>) -> ExitCode {

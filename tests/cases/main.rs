@@ -12,6 +12,7 @@ mod erofs;
 mod faults;
 mod growth;
 mod images;
+mod injected;
 mod interrupted;
 mod jail;
 mod kubernetes;

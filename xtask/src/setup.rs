@@ -36,6 +36,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("procps", "/usr/bin/pgrep"),
     ("qemu-system-x86", "/usr/bin/qemu-system-x86_64"),
     ("runc", "/usr/sbin/runc"),
+    ("strace", "/usr/bin/strace"),
     ("tmux", "/usr/bin/tmux"),
     ("xz-utils", "/usr/bin/xz"),
     ("zstd", "/usr/bin/zstd"),

@@ -15,12 +15,12 @@ const VICTIMS: [(&str, &str); 4] = [
     ("machine", "pgrep -x hyper-vmm"),
 ];
 /// The moments: these parts of the time that the verb takes when it is left alone.
-const MOMENTS: [f64; 2] = [0.2, 0.7];
+const MOMENTS: [f64; 2] = [0.2, 0.6];
 /// Least kills that must have met somebody, of all: near its end a verb may have ended its victim by itself.
-const LEAST_MET: usize = 16;
+const LEAST_MET: usize = 12;
 
 /// What `exec` runs: it says when what it wrote is on the disk.
-const EXEC: &str = "echo later >>/kept && sync && echo acknowledged && sleep 0.3";
+const EXEC: &str = "echo later >>/kept && sync && echo acknowledged && sleep 1";
 
 /// A container with something on its disk that must not be lost.
 struct Subject {
@@ -30,7 +30,7 @@ struct Subject {
 impl Subject {
     /// With flags of `run`.
     fn new(flags: &[&str]) -> Self {
-        let script = "trap 'exit 3' TERM; [ -e /kept ] || echo first >/kept; sync; echo up; while :; do sleep 0.2; done";
+        let script = "trap 'sleep 1; exit 3' TERM; [ -e /kept ] || echo first >/kept; sync; echo up; while :; do sleep 0.2; done";
         let run = hyper("run -d -m 64m").args(flags).args(&[&image("busybox"), "sh", "-c", script]);
         let id = run.ok().text();
         let subject = Self { id };

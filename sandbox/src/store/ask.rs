@@ -6,7 +6,7 @@ use tokio::net::UnixStream;
 use tokio::net::unix::OwnedReadHalf;
 use tokio::time::{sleep, timeout};
 
-use super::container::{Container, ExecConfig, WaitCondition};
+use super::container::{Container, ExecConfig, RemoveOptions, WaitCondition};
 use super::stats::{ContainerStats, Process};
 use crate::launch::scaled_ms;
 use crate::stream::wire::{Refusal, Reply, Request};
@@ -147,6 +147,12 @@ impl Container {
                 looked => looked?,
             };
             last = now.state().exit_code;
+            if condition == WaitCondition::Removed && now.has_ended() && now.config().auto_remove {
+                // Its supervisor removes it; when that has failed, nobody would.
+                let options = RemoveOptions { volumes: true, ..RemoveOptions::default() };
+                now.remove(options).await?;
+                return Ok(last);
+            }
             let met = condition == WaitCondition::NotRunning && !now.is_live();
             // NextExit of a container that ended since this handle was made has been met too.
             let missed =
@@ -253,6 +259,8 @@ impl Container {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::Status;
+    use crate::store::FileLock;
 
     #[tokio::test]
     async fn a_supervisor_that_has_gone_gives_no_answer() {
@@ -261,5 +269,20 @@ mod tests {
         let request = Request::Wait { condition: WaitCondition::NotRunning };
         let mut talk = Conversation::open(near, &request).await.unwrap();
         assert!(talk.answer().await.unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn a_container_that_its_supervisor_could_not_remove_is_removed_by_who_waits_for_that() {
+        let (_dir, home) = crate::store::tests::home();
+        let mut wish = crate::store::tests::config("once");
+        wish.auto_remove = true;
+        let mut container = home.create(wish).unwrap();
+        let lock = FileLock::try_take(&home.container_lock(container.id())).unwrap().unwrap();
+        container.change_state(&lock, |state| state.end(Status::Exited, 3, String::new())).unwrap();
+        drop(lock);
+        let waited = container.wait(WaitCondition::Removed);
+        let code = timeout(Duration::from_secs(20), waited).await;
+        assert_eq!(code.expect("somebody waits for ever").unwrap(), 3);
+        assert!(home.containers().unwrap().is_empty());
     }
 }

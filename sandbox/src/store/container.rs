@@ -296,6 +296,11 @@ impl Container {
         self.state.status.is_live()
     }
 
+    /// Whether it ran and does not any more, as of the last look.
+    pub(super) fn has_ended(&self) -> bool {
+        self.state.status == Status::Exited
+    }
+
     pub(super) fn status(&self) -> Status {
         self.state.status
     }

@@ -10,6 +10,8 @@
 //! Processes need no cleaning (they end with their supervisor's sockets), nor do network devices and leases (they end with their
 //! descriptors).
 
+use std::io::ErrorKind;
+
 use super::home::{NEW_PREFIX, REMOVED_PREFIX, list, remove_tree};
 use super::lock::FileLock;
 use super::{Home, names};
@@ -89,11 +91,19 @@ pub(crate) fn recover_locked(home: &Home, id: &str, lock: &FileLock) -> Result<(
         return Ok(());
     }
     tracing::warn!(id, "its supervisor was killed");
-    container.change_state(lock, |state| state.end(Status::Exited, LOST_EXIT_CODE, LOST_ERROR.to_owned()))?;
+    let noted = container
+        .change_state(lock, |state| state.end(Status::Exited, LOST_EXIT_CODE, LOST_ERROR.to_owned()));
     if container.config().auto_remove {
-        container.remove_locked(true)?;
+        return container.remove_locked(true);
     }
-    Ok(())
+    match noted {
+        // It must not keep `rm -f` from making room.
+        Err(SandboxError::Io { source, .. }) if source.kind() == ErrorKind::StorageFull => {
+            tracing::warn!(id, error = %source, "its end cannot be noted");
+            Ok(())
+        }
+        noted => noted,
+    }
 }
 
 #[cfg(test)]

@@ -48,8 +48,11 @@ pub(crate) async fn run(args: RunArgs) -> Result<i32, CliError> {
     };
     match manners.converse(attached).await? {
         Ended::Exit(code) => {
-            if args.options.rm {
-                container.wait(WaitCondition::Removed).await?;
+            if args.options.rm
+                && let Err(error) = container.wait(WaitCondition::Removed).await
+            {
+                // The job is done, and its code is what counts; that something is left is said.
+                output::error(CliError::from(error));
             }
             Ok(i32::from(code))
         }

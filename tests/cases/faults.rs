@@ -1,6 +1,6 @@
 //! Everything that can go wrong is said in a line and leaves nothing behind.
 
-use hyper_tests::{Scratch, detached, given, host, hyper, image, left_over, wait_for};
+use hyper_tests::{Scratch, VICTIMS, detached, given, host, hyper, image, left_over, wait_for};
 
 /// How far a start has come, as the host sees it, and the command that says so. `$id` is the container's.
 const STEPS: [(&str, &str); 6] = [
@@ -10,14 +10,6 @@ const STEPS: [(&str, &str); 6] = [
     ("with a file server", "pgrep -x hyper-fs"),
     ("with a machine", "pgrep -x hyper-vmm"),
     ("running", "grep '\"status\": *\"running\"' $folder/state.json"),
-];
-
-/// Who is killed, by the command that finds it. `$cli` is the command line's process.
-const VICTIMS: [(&str, &str); 4] = [
-    ("command line", "echo $cli"),
-    ("supervisor", "pgrep -f \"supervise $id\""),
-    ("file server", "pgrep -x hyper-fs"),
-    ("machine", "pgrep -x hyper-vmm"),
 ];
 
 /// Kills the victim as soon as the start has come that far; says whether there was one.

@@ -115,6 +115,11 @@ fn rules_say_what_is_reached() {
         .args(&["{{json .NetworkSettings.Egress}}", &walled.id])
         .ok()
         .says(r#"["192.0.2.1:80-81/tcp"]"#);
+    let wide = detached("--network bridge,egress=192.0.2.0/31 @busybox sleep 10000");
+    tries(&wide, "192.0.2.1 80", REFUSED);
+    tries(&wide, "192.0.2.2 80", STOPPED);
+    let nothing = detached("--network bridge,egress=none @busybox sleep 10000");
+    tries(&nothing, "192.0.2.1 80", STOPPED);
     // Whoever gets the address next has rules of its own.
     drop(walled);
     let next = detached("--network bridge,egress=any @busybox sleep 10000");

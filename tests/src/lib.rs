@@ -39,7 +39,7 @@ pub use installer::installer_archive;
 pub use machine::{Footprint, Machine, Service, Wire};
 pub use nerdctl::Nerdctl;
 pub use pods::{Pod, PodSpec};
-pub use program::{Done, Run, Running, from_template, host, hyper, left_over};
+pub use program::{Done, Run, Running, VICTIMS, from_template, host, hyper, left_over};
 pub use registry::{AUTH_REGISTRY, REGISTRY, SECRET, USER, image, registry, registry_with_password};
 pub use scratch::Scratch;
 pub use server::answers_on;

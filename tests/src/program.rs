@@ -51,6 +51,14 @@ pub fn host(script: &str) -> Run {
     Run::new("bash").arg("-c").arg(script)
 }
 
+/// Who is killed, by the command that finds it. `$cli` is the process of the command line, `$id` the container's id.
+pub const VICTIMS: [(&str, &str); 4] = [
+    ("command line", "echo $cli"),
+    ("supervisor", "pgrep -f \"supervise $id\""),
+    ("file server", "pgrep -x hyper-fs"),
+    ("machine", "pgrep -x hyper-vmm"),
+];
+
 /// What of ours is left in the machine: processes, TAPs, mounts.
 #[must_use]
 pub fn left_over() -> String {

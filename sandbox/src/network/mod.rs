@@ -195,10 +195,10 @@ impl NetworkSettings {
             bridge: self.bridge.clone(),
         };
         let walls = Firewall::new(&self.bridge, self.subnet);
-        let names = Names::new(walls.clone(), seat, policy.clone());
+        let names = Names::new(&walls, seat, policy);
         let policy = policy.clone();
         let firewall = tokio::spawn(async move { walls.seat(seat, &policy).await });
-        Ok(Link { tap: Some(tap), mac, state, names: Some(names), firewall: Some(firewall), _lease: lease })
+        Ok(Link { tap: Some(tap), mac, state, names, firewall: Some(firewall), _lease: lease })
     }
 
     /// An address, and the TAP that is named after it. The TAP of a machine that is just ending keeps its name a little longer than its

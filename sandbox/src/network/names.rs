@@ -27,13 +27,11 @@ pub(crate) struct Names {
 }
 
 impl Names {
-    pub(super) fn new(firewall: Firewall, seat: Seat, policy: Policy) -> Self {
-        Self { firewall, seat, policy, known: Mutex::default() }
-    }
-
-    /// Whether it makes a difference which name is asked for.
-    pub(crate) fn has_rules(&self) -> bool {
-        !self.policy.asks_anything() || self.policy.has_names()
+    /// `None` when it makes no difference which name is asked for.
+    pub(super) fn new(firewall: &Firewall, seat: Seat, policy: &Policy) -> Option<Self> {
+        let matters = !policy.asks_anything() || policy.has_names();
+        let own = || (firewall.clone(), policy.clone());
+        matters.then(own).map(|(firewall, policy)| Self { firewall, seat, policy, known: Mutex::default() })
     }
 
     /// The rules that have a name; `None`: it may not be asked for.
@@ -77,30 +75,28 @@ mod tests {
     use super::*;
     use crate::ContainerConfig;
 
-    fn names(rules: Option<&[&str]>) -> Names {
+    fn names(rules: Option<&[&str]>) -> Option<Names> {
         let egress = rules.map(|rules| rules.iter().map(|rule| rule.parse().unwrap()).collect());
         let config = ContainerConfig { egress, ..Default::default() };
         let firewall = Firewall::new("hyper0", "10.120.0.0/16".parse().unwrap());
-        Names::new(firewall, Seat(Ipv4Addr::new(10, 120, 0, 2)), Policy::of(&config))
+        Names::new(&firewall, Seat(Ipv4Addr::new(10, 120, 0, 2)), &Policy::of(&config))
     }
 
     #[test]
     fn who_may_ask_for_what() {
-        assert!(!names(None).has_rules());
-        assert!(!names(Some(&["any", "host"])).has_rules());
-        let some = names(Some(&["example.org:443", "192.0.2.0/24"]));
-        assert!(some.has_rules());
+        assert!(names(None).is_none());
+        assert!(names(Some(&["any", "host"])).is_none());
+        let some = names(Some(&["example.org:443", "192.0.2.0/24"])).unwrap();
         assert_eq!((some.may_ask("example.org"), some.may_ask("example.net")), (Some(vec![0]), None));
-        let both = names(Some(&["any:443", "example.org:22", "*.org:23"]));
-        assert!(both.has_rules());
+        let both = names(Some(&["any:443", "example.org:22", "*.org:23"])).unwrap();
         assert_eq!(both.may_ask("example.org"), Some(vec![1, 2]));
         assert_eq!(both.may_ask("example.net"), Some(vec![]));
-        assert_eq!(names(Some(&[])).may_ask("example.org"), None);
+        assert_eq!(names(Some(&[])).unwrap().may_ask("example.org"), None);
     }
 
     #[tokio::test]
     async fn what_is_known_is_not_let_through_again() {
-        let names = names(Some(&["example.org"]));
+        let names = names(Some(&["example.org"])).unwrap();
         let address = Ipv4Addr::new(192, 0, 2, 1);
         names.known.lock().unwrap().insert((0, address), Instant::now() + LEAST_TIME);
         names.learn(&[0], &[(address, 5)]).await.unwrap();

@@ -5,6 +5,7 @@ use std::net::Ipv4Addr;
 use std::str::FromStr;
 
 use super::NetworkError;
+use crate::config::mask;
 
 /// An IPv4 network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,7 +42,7 @@ impl fmt::Display for Subnet {
 
 impl Subnet {
     fn mask_bits(self) -> u32 {
-        u32::MAX << (32 - u32::from(self.prefix_len))
+        mask(self.prefix_len)
     }
 
     pub(crate) fn mask(self) -> Ipv4Addr {

@@ -133,8 +133,8 @@ impl Resolver {
             return Some(question.reply(query, &answer));
         }
         match &self.names {
-            Some(names) if names.has_rules() => self.ask_by_the_rules(names, question?, query).await,
-            _ => match forward::forward(query, &self.upstreams).await {
+            Some(names) => self.ask_by_the_rules(names, question?, query).await,
+            None => match forward::forward(query, &self.upstreams).await {
                 Some(answer) => Some(answer),
                 None => message::failure(query, SERVFAIL),
             },

@@ -1,6 +1,7 @@
 //! What every verb works on: the containers and the images of this user, opened when first needed.
 
 use hyper_image::{Digest, ImageError, Store, Used};
+use hyper_sandbox::audit::AuditLog;
 use hyper_sandbox::{Container, Dirs, Home, Parts, SandboxError};
 
 use crate::error::CliError;
@@ -31,6 +32,11 @@ pub(crate) fn home() -> Result<Home, CliError> {
 /// When the store cannot be opened.
 pub(crate) fn images() -> Result<Store, CliError> {
     Ok(Store::open(&Dirs::from_env().data.join("images"))?)
+}
+
+/// The log of what was done by this user.
+pub(crate) fn audit() -> AuditLog {
+    AuditLog::of(&Dirs::from_env())
 }
 
 /// Images that containers use: the store must keep them.

@@ -13,6 +13,7 @@
 //! Entry points: [`Home`] (all containers and volumes of one user), [`Container`] (one of them), [`Attached`] (a conversation with a
 //! process), [`supervise`] (the body of the hidden `supervise` verb).
 
+pub mod audit;
 mod clock;
 mod config;
 mod dirs;

@@ -16,7 +16,9 @@ use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::shim_async::Task;
 use containerd_shim_protos::ttrpc::r#async::TtrpcContext;
 use containerd_shim_protos::ttrpc::{Code, Result as TtrpcResult};
-use hyper_sandbox::pod::{BundleConfig, StdioPaths};
+use hyper_sandbox::Dirs;
+use hyper_sandbox::audit::AuditLog;
+use hyper_sandbox::pod::{BundleConfig, PodError, StdioPaths};
 
 use crate::bundle::Bundle;
 use crate::service::Service;
@@ -50,8 +52,10 @@ impl TaskService {
                 terminal: request.terminal,
             },
         };
+        let id = request.id.clone();
         let announce = || self.0.publisher.publish("/tasks/create", &created(request, pid));
-        sandbox.create(wish, announce).await.map_err(status::of_pod)?;
+        let made = sandbox.create(wish, announce).await;
+        noted("task create", &id, "", made).map_err(status::of_pod)?;
         Ok(CreateTaskResponse { pid, ..Default::default() })
     }
 
@@ -79,7 +83,10 @@ impl TaskService {
 
     async fn remove(&self, request: DeleteRequest) -> TtrpcResult<DeleteResponse> {
         let sandbox = self.0.sandbox().await?;
-        let exit = sandbox.delete(&request.id, &request.exec_id).await.map_err(status::of_pod)?;
+        let exit = sandbox.delete(&request.id, &request.exec_id).await;
+        let code = exit.as_ref().map_or_else(|_| String::new(), |exit| format!("code {}", exit.code));
+        let detail = [request.exec_id.as_str(), &code].join(" ");
+        let exit = noted("task delete", &request.id, detail.trim(), exit).map_err(status::of_pod)?;
         let pid = self.0.pid();
         if request.exec_id.is_empty() {
             let event = TaskDelete {
@@ -118,7 +125,12 @@ fn created(request: CreateTaskRequest, pid: u32) -> TaskCreate {
     }
 }
 
-fn done(result: Result<(), hyper_sandbox::pod::PodError>) -> TtrpcResult<Empty> {
+/// Puts what was done to a container, or to a process of it, into the audit log.
+fn noted<T>(action: &str, id: &str, detail: &str, outcome: Result<T, PodError>) -> Result<T, PodError> {
+    AuditLog::of(&Dirs::from_env()).note(action, id, detail, outcome)
+}
+
+fn done(result: Result<(), PodError>) -> TtrpcResult<Empty> {
     result.map(|()| Empty::new()).map_err(status::of_pod)
 }
 
@@ -141,7 +153,7 @@ impl Task for TaskService {
     async fn start(&self, _: &TtrpcContext, r: StartRequest) -> TtrpcResult<StartResponse> {
         let sandbox = self.0.sandbox().await?;
         let started = sandbox.start_process(&r.id, &r.exec_id).await;
-        started
+        noted("task start", &r.id, &r.exec_id, started)
             .inspect_err(|error| tracing::warn!(r.id, r.exec_id, %error, "start"))
             .map_err(status::of_pod)?;
         Ok(StartResponse { pid: self.0.pid(), ..Default::default() })
@@ -161,12 +173,12 @@ impl Task for TaskService {
 
     #[tracing::instrument(level = "debug", skip_all, fields(id = r.id))]
     async fn pause(&self, _: &TtrpcContext, r: PauseRequest) -> TtrpcResult<Empty> {
-        done(self.0.sandbox().await?.pause(&r.id).await)
+        done(noted("task pause", &r.id, "", self.0.sandbox().await?.pause(&r.id).await))
     }
 
     #[tracing::instrument(level = "debug", skip_all, fields(id = r.id))]
     async fn resume(&self, _: &TtrpcContext, r: ResumeRequest) -> TtrpcResult<Empty> {
-        done(self.0.sandbox().await?.resume(&r.id).await)
+        done(noted("task resume", &r.id, "", self.0.sandbox().await?.resume(&r.id).await))
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> TtrpcResult<Empty> {
@@ -175,7 +187,8 @@ impl Task for TaskService {
 
     #[tracing::instrument(level = "debug", skip_all, fields(id = r.id))]
     async fn kill(&self, _: &TtrpcContext, r: KillRequest) -> TtrpcResult<Empty> {
-        done(self.0.sandbox().await?.kill(&r.id, &r.exec_id, r.signal, r.all).await)
+        let killed = self.0.sandbox().await?.kill(&r.id, &r.exec_id, r.signal, r.all).await;
+        done(noted("task kill", &r.id, format!("{} signal {}", r.exec_id, r.signal).trim(), killed))
     }
 
     #[tracing::instrument(level = "debug", skip_all, fields(id = r.id))]
@@ -183,7 +196,8 @@ impl Task for TaskService {
         let paths = StdioPaths { stdin: r.stdin, stdout: r.stdout, stderr: r.stderr, terminal: r.terminal };
         // The specification is JSON in an Any, by containerd's custom.
         let process = r.spec.into_option().unwrap_or_default().value;
-        done(self.0.sandbox().await?.exec(&r.id, &r.exec_id, &process, paths))
+        let made = self.0.sandbox().await?.exec(&r.id, &r.exec_id, &process, paths);
+        done(noted("task exec", &r.id, &r.exec_id, made))
     }
 
     #[tracing::instrument(level = "debug", skip_all, fields(id = r.id))]
@@ -205,7 +219,8 @@ impl Task for TaskService {
         let Some(resources) = r.resources.into_option() else {
             return Err(status::status(Code::INVALID_ARGUMENT, "an update without resources"));
         };
-        done(self.0.sandbox().await?.update(&r.id, &resources.value).await)
+        let updated = self.0.sandbox().await?.update(&r.id, &resources.value).await;
+        done(noted("task update", &r.id, "", updated))
     }
 
     #[tracing::instrument(level = "debug", skip_all, fields(id = r.id))]

@@ -15,6 +15,7 @@ mod installer;
 mod machine;
 mod nerdctl;
 mod pods;
+pub mod power;
 mod program;
 mod registry;
 mod scratch;

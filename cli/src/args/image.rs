@@ -50,6 +50,15 @@ pub(crate) struct ImagesArgs {
     pub(crate) repository: Option<String>,
 }
 
+/// `hyper tag`.
+#[derive(Debug, Args)]
+pub(crate) struct TagArgs {
+    /// Name or id of the image.
+    pub(crate) source: String,
+    /// Its other name, NAME[:TAG].
+    pub(crate) target: String,
+}
+
 /// `hyper rmi`.
 #[derive(Debug, Args)]
 pub(crate) struct RmiArgs {

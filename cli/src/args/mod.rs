@@ -7,7 +7,7 @@ pub(crate) use container::{
     AttachArgs, ContainerOptions, CpArgs, CreateArgs, ExecArgs, InspectArgs, KillArgs, LogsArgs, NamesArgs,
     PortArgs, PsArgs, RenameArgs, RestartArgs, RmArgs, RunArgs, StartArgs, StatsArgs, StopArgs, TopArgs,
 };
-pub(crate) use image::{ImagesArgs, LoadArgs, PullArgs, PullPolicy, RmiArgs};
+pub(crate) use image::{ImagesArgs, LoadArgs, PullArgs, PullPolicy, RmiArgs, TagArgs};
 
 use std::path::PathBuf;
 
@@ -73,6 +73,8 @@ pub(crate) enum Verb {
     Pull(PullArgs),
     /// List images
     Images(ImagesArgs),
+    /// Give an image another name
+    Tag(TagArgs),
     /// Remove one or more images
     Rmi(RmiArgs),
     /// Load images from a tar archive or an OCI layout
@@ -80,6 +82,8 @@ pub(crate) enum Verb {
     /// Work with volumes
     #[command(subcommand)]
     Volume(VolumeVerb),
+    /// Show what was done, by whom; or check that nothing of that record was changed
+    Audit(AuditArgs),
     /// Show the version
     Version(FormatArgs),
     /// Tell whether this host can run virtual machines, and what to do if not
@@ -173,6 +177,26 @@ pub(crate) struct FormatArgs {
     /// `json`, `table`, `table TEMPLATE`, or a Go template such as `{{.ID}}`
     #[arg(long, short = 'f')]
     pub(crate) format: Option<String>,
+}
+
+/// `hyper audit`.
+#[derive(Debug, Args)]
+pub(crate) struct AuditArgs {
+    /// Print what the log ends with instead: the number of its last record and its hash.
+    #[arg(long)]
+    pub(crate) verify: bool,
+    /// The log must have this record: `NUMBER:HASH`, as `--verify` printed it.
+    #[arg(long, value_name = "NUMBER:HASH")]
+    pub(crate) head: Option<String>,
+    /// Show this many records, the last ones; `all`.
+    #[arg(long, short = 'n', default_value = "all")]
+    pub(crate) tail: String,
+    /// Do not shorten ids.
+    #[arg(long)]
+    pub(crate) no_trunc: bool,
+    /// Format of the output.
+    #[command(flatten)]
+    pub(crate) format: FormatArgs,
 }
 
 /// `hyper doctor`.

@@ -7,7 +7,7 @@ use hyper_sandbox::Timestamp;
 use serde_json::{Value, json};
 
 use super::provide;
-use crate::args::{ImagesArgs, LoadArgs, PullArgs, RmiArgs};
+use crate::args::{ImagesArgs, LoadArgs, PullArgs, RmiArgs, TagArgs};
 use crate::context;
 use crate::error::CliError;
 use crate::format::{Column, Format};
@@ -103,6 +103,17 @@ fn rows(image: &Image, args: &ImagesArgs, now: Timestamp) -> Vec<Value> {
     shown.map(|r| row(r.familiar_name(), r.tag().unwrap_or("<none>"), digest.clone())).collect()
 }
 
+/// `hyper tag`.
+///
+/// # Errors
+/// No such image, or a name that is none.
+pub(crate) fn tag(args: &TagArgs) -> Result<i32, CliError> {
+    let store = context::images()?;
+    let tagged = Reference::parse(&args.target).and_then(|target| store.tag(&args.source, &target));
+    context::audit().note("image tag", &args.source, &args.target, tagged)?;
+    Ok(0)
+}
+
 /// `hyper rmi`.
 ///
 /// # Errors
@@ -111,7 +122,8 @@ pub(crate) fn rmi(args: &RmiArgs) -> Result<i32, CliError> {
     let (home, store) = (context::home()?, context::images()?);
     let mut code = 0;
     for name in &args.images {
-        match store.remove(name, args.force, &context::used_images(&home)?) {
+        let removed = store.remove(name, args.force, &context::used_images(&home)?);
+        match home.audit().note("image remove", name, "", removed) {
             Ok(removal) => {
                 for step in removal.removed {
                     match step {
@@ -136,14 +148,21 @@ pub(crate) fn rmi(args: &RmiArgs) -> Result<i32, CliError> {
 pub(crate) async fn load(args: LoadArgs) -> Result<i32, CliError> {
     let store = context::images()?;
     let options = hyper_image::LoadOptions::default();
+    let audit = context::audit();
     let loaded = match &args.input {
-        Some(path) => hyper_image::load_path(&store, path, &options).await?,
+        Some(path) => {
+            let loaded = hyper_image::load_path(&store, path, &options).await;
+            audit.note("image load", &path.display().to_string(), "", loaded)?
+        }
         None if std::io::IsTerminal::is_terminal(&std::io::stdin()) => {
             return Err(CliError::failed(
                 "requested load from stdin, but stdin is a terminal: give -i FILE or a pipe",
             ));
         }
-        None => hyper_image::load(&store, std::io::stdin(), &options).await?,
+        None => {
+            let loaded = hyper_image::load(&store, std::io::stdin(), &options).await;
+            audit.note("image load", "standard input", "", loaded)?
+        }
     };
     let mut names: BTreeMap<String, ()> = BTreeMap::new();
     for image in loaded {

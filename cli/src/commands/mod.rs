@@ -2,6 +2,7 @@
 
 mod archive;
 mod attach;
+mod audit;
 mod configure;
 mod doctor;
 mod exec;
@@ -52,9 +53,11 @@ pub(crate) async fn dispatch(verb: Verb) -> Result<i32, CliError> {
         Verb::Top(args) => top::top(&args).await,
         Verb::Pull(args) => image::pull(args).await,
         Verb::Images(args) => image::images(&args),
+        Verb::Tag(args) => image::tag(&args),
         Verb::Rmi(args) => image::rmi(&args),
         Verb::Load(args) => image::load(args).await,
         Verb::Volume(verb) => volume::volume(verb),
+        Verb::Audit(args) => audit::audit(&args),
         Verb::Version(args) => version(&args),
         Verb::Doctor(args) => doctor::doctor(&args).await,
         Verb::Install(args) => install::install(&args),

@@ -32,7 +32,9 @@ pub(crate) async fn pull(
     if let Some(platform) = platform {
         options.platform = Platform::parse(platform).map_err(CliError::from)?;
     }
-    Ok(hyper_image::pull(store, reference, &options).await?)
+    let pulled = hyper_image::pull(store, reference, &options).await;
+    let digest = pulled.as_ref().map_or_else(|_| String::new(), |pulled| pulled.digest.to_string());
+    Ok(crate::context::audit().note("image pull", &reference.full(), &digest, pulled)?)
 }
 
 /// Where the progress of a pull goes.

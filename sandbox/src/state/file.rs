@@ -23,10 +23,13 @@ pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Sand
     file.write_all(&text).map_err(fail)?;
     file.sync_data().map_err(fail)?;
     fs::rename(&beside, path).map_err(fail)?;
-    if let Some(dir) = path.parent() {
-        File::open(dir).and_then(|dir| dir.sync_all()).map_err(fail)?;
-    }
-    Ok(())
+    path.parent().map_or(Ok(()), sync_dir)
+}
+
+/// Makes the names in a directory last, whatever happens to the power.
+pub(crate) fn sync_dir(dir: &Path) -> Result<(), SandboxError> {
+    let synced = File::open(dir).and_then(|dir| dir.sync_all());
+    synced.map_err(|source| SandboxError::io("sync", dir, source))
 }
 
 /// Reads `path`; `None` when there is none.

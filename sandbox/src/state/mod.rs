@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::clock::Timestamp;
 use crate::config::PortConfig;
 
-pub(crate) use file::{read_json, write_json};
+pub(crate) use file::{read_json, sync_dir, write_json};
 
 /// Where a container is in its life; Docker's words.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use crate::state::sync_dir;
 use crate::store::{FileLock, make_private_dir};
 use crate::{Home, SandboxError};
 
@@ -90,8 +91,14 @@ fn parse_size(text: &str) -> Option<u64> {
     digits.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
-/// The writable layer of a container, opened for reading and writing; made if it is not there.
-pub(crate) async fn open_rw(home: &Home, id: &str, wish_bytes: u64) -> Result<File, SandboxError> {
+/// The writable layer of a container, opened for reading and writing; made if it is not there. One that is to be `lasting` is there when the
+/// power comes back, too.
+pub(crate) async fn open_rw(
+    home: &Home,
+    id: &str,
+    wish_bytes: u64,
+    lasting: bool,
+) -> Result<File, SandboxError> {
     let path = home.container_dir(id).join(RW_FILE);
     let mut options = OpenOptions::new();
     options.read(true).write(true);
@@ -105,7 +112,15 @@ pub(crate) async fn open_rw(home: &Home, id: &str, wish_bytes: u64) -> Result<Fi
     let beside = path.with_extension("img.tmp");
     clone::clone_sparse(&template, &beside)
         .map_err(|source| SandboxError::io("copy the template to", &beside, source))?;
+    if lasting {
+        // A guest that syncs later syncs blocks; that there is a file system around them is ours to keep.
+        let synced = File::open(&beside).and_then(|file| file.sync_all());
+        synced.map_err(|source| SandboxError::io("sync", &beside, source))?;
+    }
     fs::rename(&beside, &path).map_err(|source| SandboxError::io("make", &path, source))?;
+    if lasting {
+        sync_dir(&home.container_dir(id))?;
+    }
     options.open(&path).map_err(|source| SandboxError::io("open", path, source))
 }
 
@@ -213,12 +228,12 @@ mod tests {
         let one = home.create(config("c1")).unwrap();
         let two = home.create(config("c2")).unwrap();
         let size = 64 << 20;
-        let disk = open_rw(&home, one.id(), size).await.unwrap();
+        let disk = open_rw(&home, one.id(), size, true).await.unwrap();
         assert_eq!(disk.metadata().unwrap().len(), size);
         let taken = std::os::unix::fs::MetadataExt::blocks(&disk.metadata().unwrap()) * 512;
         assert!(taken <= 512 << 10, "{taken} bytes for an empty file system");
         std::os::unix::fs::FileExt::write_at(&disk, b"mine", size - 4).unwrap();
-        open_rw(&home, two.id(), size).await.unwrap();
+        open_rw(&home, two.id(), size, false).await.unwrap();
         let again = fs::read(one.dir().join(RW_FILE)).unwrap();
         assert_eq!(&again[again.len() - 4..], b"mine");
         assert_eq!(fs::read_dir(home.templates_dir()).unwrap().count(), 2, "template and lock");

@@ -96,7 +96,9 @@ impl Container {
         path: &str,
         follow: bool,
     ) -> Result<(PathStat, ArchiveReader), SandboxError> {
-        let mut talk = self.converse(&Request::ArchiveOut { path: path.to_owned(), follow }).await?;
+        let asked = self.converse(&Request::ArchiveOut { path: path.to_owned(), follow }).await;
+        let detail = format!("{}:{path}", self.name());
+        let mut talk = self.home.audit().note("container copy out", self.id(), &detail, asked)?;
         let stat = match talk.answer().await?.ok_or(FrameError::Closed)? {
             Ok(Reply::Path { stat }) => stat,
             Ok(_) => return Err(FrameError::Payload(FrameKind::Reply).into()),
@@ -122,7 +124,9 @@ impl Container {
         tar: &mut (impl AsyncRead + Unpin + Send),
         options: ArchiveInOptions,
     ) -> Result<u64, SandboxError> {
-        let talk = self.converse(&Request::ArchiveIn { path: path.to_owned(), options }).await?;
+        let asked = self.converse(&Request::ArchiveIn { path: path.to_owned(), options }).await;
+        let detail = format!("{}:{path}", self.name());
+        let talk = self.home.audit().note("container copy in", self.id(), &detail, asked)?;
         let (mut frames, mut to) = talk.into_split();
         let send = async {
             let mut buffer = vec![0; MAX_DATA_BYTES];

@@ -113,9 +113,18 @@ impl Container {
     /// # Errors
     /// [`SandboxError::WrongStatus`] when it does not run.
     pub async fn attach(&self, options: AttachOptions) -> Result<Attached, SandboxError> {
-        let mut talk = self.converse(&Request::Attach { options }).await?;
+        let request = Request::Attach { options };
+        self.noted(
+            "container attach",
+            self.begin(&request).await.map(Conversation::into_attached).map_err(Into::into),
+        )
+    }
+
+    /// A conversation that the supervisor has agreed to.
+    async fn begin(&self, request: &Request) -> Result<Conversation, StartError> {
+        let mut talk = self.converse(request).await?;
         self.answer_within(&mut talk, scaled_ms(ANSWER_MS)).await?;
-        Ok(talk.into_attached())
+        Ok(talk)
     }
 
     /// Adds a process. With `attach` there is a conversation with it; without, it runs on its own and `None` comes back.
@@ -127,8 +136,10 @@ impl Container {
         config: ExecConfig,
         attach: Option<AttachOptions>,
     ) -> Result<Option<Attached>, StartError> {
-        let mut talk = self.converse(&Request::Exec { config, attach }).await?;
-        self.answer_within(&mut talk, scaled_ms(ANSWER_MS)).await?;
+        // The program alone: what it is given may be a secret.
+        let detail = format!("{}: {}", self.name(), config.args.first().map_or("", String::as_str));
+        let begun = self.begin(&Request::Exec { config, attach }).await;
+        let talk = self.home.audit().note("container exec", self.id(), &detail, begun)?;
         Ok(attach.map(|_| talk.into_attached()))
     }
 
@@ -180,6 +191,10 @@ impl Container {
     /// # Errors
     /// When the supervisor cannot be talked to.
     pub async fn stop(&self, limit: Option<Duration>) -> Result<(), SandboxError> {
+        self.noted("container stop", self.try_stop(limit).await)
+    }
+
+    async fn try_stop(&self, limit: Option<Duration>) -> Result<(), SandboxError> {
         let timeout_s = limit.map(|limit| u32::try_from(limit.as_secs()).unwrap_or(u32::MAX));
         let talk = match self.converse(&Request::Stop { timeout_s }).await {
             Err(SandboxError::WrongStatus { .. }) => return Ok(()),
@@ -214,7 +229,9 @@ impl Container {
     /// # Errors
     /// [`SandboxError::WrongStatus`] when it does not run.
     pub async fn kill(&self, signal: u32) -> Result<(), SandboxError> {
-        self.ask(&Request::Kill { signal }).await.map(|_| ())
+        let detail = format!("{}: signal {signal}", self.name());
+        let killed = self.ask(&Request::Kill { signal }).await.map(|_| ());
+        self.home.audit().note("container kill", self.id(), &detail, killed)
     }
 
     /// Freezes its processes.
@@ -222,7 +239,7 @@ impl Container {
     /// # Errors
     /// [`SandboxError::WrongStatus`] when it does not run.
     pub async fn pause(&self) -> Result<(), SandboxError> {
-        self.ask(&Request::Pause).await.map(|_| ())
+        self.noted("container pause", self.ask(&Request::Pause).await.map(|_| ()))
     }
 
     /// Thaws its processes.
@@ -230,7 +247,7 @@ impl Container {
     /// # Errors
     /// [`SandboxError::WrongStatus`] when it is not paused.
     pub async fn unpause(&self) -> Result<(), SandboxError> {
-        self.ask(&Request::Unpause).await.map(|_| ())
+        self.noted("container unpause", self.ask(&Request::Unpause).await.map(|_| ()))
     }
 
     /// Its processes.

@@ -12,7 +12,7 @@ use super::record::Record;
 use crate::clock::Timestamp;
 use crate::config::{ContainerConfig, MountConfig, ResourceUpdate, check_name};
 use crate::logs::{LogOptions, LogStream};
-use crate::state::{ContainerState, Status, read_json, write_json};
+use crate::state::{ContainerState, Status, read_json, sync_dir, write_json};
 use crate::stream::wire::Request;
 use crate::{Home, SandboxError, StartError};
 
@@ -163,6 +163,14 @@ impl Container {
     /// # Errors
     /// [`SandboxError::WrongStatus`] when it runs and `force` is not set.
     pub async fn remove(&self, options: RemoveOptions) -> Result<(), SandboxError> {
+        // What is removed is noted by whoever removes it.
+        match self.try_remove(options).await {
+            Ok(()) => Ok(()),
+            failed => self.noted("container remove", failed),
+        }
+    }
+
+    async fn try_remove(&self, options: RemoveOptions) -> Result<(), SandboxError> {
         let path = self.home.container_lock(self.id());
         let deadline = Instant::now() + crate::launch::scaled_ms(REMOVE_MS);
         let mut first = true;
@@ -205,6 +213,20 @@ impl Container {
         now.remove_locked(options.volumes)
     }
 
+    /// Puts what was done to it into the audit log.
+    pub(super) fn noted<T, E: std::error::Error>(&self, action: &str, outcome: Result<T, E>) -> Result<T, E> {
+        self.home.audit().note(action, self.id(), self.name(), outcome)
+    }
+
+    /// Puts its end into the audit log.
+    pub(crate) fn note_exit(&self, code: u8, error: &str) {
+        let because = if error.is_empty() { String::new() } else { format!(": {error}") };
+        let detail = format!("{}: code {code}{because}", self.name());
+        // There is nothing that could have failed.
+        let _: Result<(), SandboxError> =
+            self.home.audit().note("container exit", self.id(), &detail, Ok(()));
+    }
+
     pub(super) fn looked_again(&self) -> Result<Self, SandboxError> {
         let mut now = self.clone();
         now.refresh()?;
@@ -213,20 +235,31 @@ impl Container {
 
     /// Removes its directories, by the holder of its lock.
     pub(crate) fn remove_locked(&self, volumes: bool) -> Result<(), SandboxError> {
+        match self.remove_dirs(volumes) {
+            Ok(false) => Ok(()),
+            removed => self.noted("container remove", removed).map(drop),
+        }
+    }
+
+    /// Whether they were there.
+    fn remove_dirs(&self, volumes: bool) -> Result<bool, SandboxError> {
         remove_tree(&self.home.run_dir(self.id()))?;
         let beside = self.home.containers_dir().join(format!("{REMOVED_PREFIX}{}", self.id()));
         {
             let _home = self.home.lock()?;
             match fs::rename(self.dir(), &beside) {
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
                 renamed => renamed.map_err(|source| SandboxError::io("remove", self.dir(), source))?,
+            }
+            if !self.config().auto_remove {
+                sync_dir(&self.home.containers_dir())?;
             }
         }
         remove_tree(&beside)?;
         if volumes {
             self.remove_anonymous_volumes();
         }
-        Ok(())
+        Ok(true)
     }
 
     fn remove_anonymous_volumes(&self) {
@@ -245,6 +278,11 @@ impl Container {
     /// # Errors
     /// [`SandboxError::NameInUse`], [`SandboxError::Config`].
     pub fn rename(&self, name: &str) -> Result<(), SandboxError> {
+        let renamed = self.try_rename(name);
+        self.home.audit().note("container rename", self.id(), &format!("{} to {name}", self.name()), renamed)
+    }
+
+    fn try_rename(&self, name: &str) -> Result<(), SandboxError> {
         check_name(name)?;
         let _lock = self.home.lock()?;
         if let Some(other) = self.home.containers()?.iter().find(|other| other.name() == name) {
@@ -260,6 +298,10 @@ impl Container {
     /// # Errors
     /// [`SandboxError::Config`], [`SandboxError::Refused`] when the running VM is too small.
     pub async fn update(&self, update: ResourceUpdate) -> Result<(), SandboxError> {
+        self.noted("container update", self.try_update(update).await)
+    }
+
+    async fn try_update(&self, update: ResourceUpdate) -> Result<(), SandboxError> {
         let now = self.looked_again()?;
         let mut wanted = now.record.config.clone();
         wanted.apply(&update);

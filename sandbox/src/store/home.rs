@@ -7,11 +7,12 @@ use std::sync::Arc;
 use super::lock::FileLock;
 use super::record::Record;
 use super::{names, recover};
+use crate::audit::AuditLog;
 use crate::clock::Timestamp;
 use crate::config::{ConfigError, ContainerConfig, MountConfig};
 use crate::dirs::{Dirs, Parts};
 use crate::launch::{LayerBlob, UnpackProgress, Unpacked};
-use crate::state::{ContainerState, write_json};
+use crate::state::{ContainerState, sync_dir, write_json};
 use crate::{Container, SandboxError};
 
 /// All containers and volumes of one user. Cheap to clone.
@@ -50,6 +51,12 @@ impl Home {
     /// A home that [`Home::open`] has opened before, in another process.
     pub(crate) fn assume(dirs: Dirs, parts: Parts) -> Self {
         Self { inner: Arc::new(HomeInner { dirs, parts }) }
+    }
+
+    /// The log of what was done.
+    #[must_use]
+    pub fn audit(&self) -> AuditLog {
+        AuditLog::of(self.dirs())
     }
 
     /// Where the state is.
@@ -99,7 +106,19 @@ impl Home {
     ///
     /// # Errors
     /// [`SandboxError::Config`], [`SandboxError::NameInUse`], or a failed write.
-    pub fn create(&self, mut config: ContainerConfig) -> Result<Container, SandboxError> {
+    pub fn create(&self, config: ContainerConfig) -> Result<Container, SandboxError> {
+        let wish = format!("{} of {}", config.name, config.image.reference);
+        let made = self.make_container(config);
+        let (id, detail) = match &made {
+            Ok(made) => {
+                (made.id().to_owned(), format!("{} of {}", made.name(), made.config().image.reference))
+            }
+            Err(_) => (String::new(), wish),
+        };
+        self.audit().note("container create", &id, &detail, made)
+    }
+
+    fn make_container(&self, mut config: ContainerConfig) -> Result<Container, SandboxError> {
         config.check()?;
         let lock = self.lock()?;
         let others = self.containers()?;
@@ -119,12 +138,17 @@ impl Home {
         let dir = self.container_dir(&record.id);
         let undo = RemoveDir(Some(beside.clone()));
         make_private_dir(&beside)?;
-        write_json(&beside.join("config.json"), &record)?;
-        write_json(&beside.join("state.json"), &state)?;
+        // First: it is synced with the names of the others.
         fs::write(beside.join("lock"), "")
             .map_err(|source| SandboxError::io("write", beside.join("lock"), source))?;
+        write_json(&beside.join("config.json"), &record)?;
+        write_json(&beside.join("state.json"), &state)?;
         fs::rename(&beside, &dir).map_err(|source| SandboxError::io("make", &dir, source))?;
         undo.release();
+        // What is to go with its end need not outlast the power.
+        if !record.config.auto_remove {
+            sync_dir(&self.containers_dir())?;
+        }
         Ok(Container::new(self.clone(), record, state))
     }
 

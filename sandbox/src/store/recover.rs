@@ -4,6 +4,8 @@
 //! |---|---|---|
 //! | `containers/.new-*`, `.removed-*` | we hold the home's lock, under which they are made | removed |
 //! | a live status | its container's lock is free | exited, 137; removed if it was to remove itself |
+//! | an end of what was to remove itself | its lock is free | removed |
+//! | `volumes/.new-*`, `.removed-*` | we hold the home's lock | removed |
 //! | `run/<id>` | its container is gone, or its lock is free | removed |
 //! | `run/unpack-*` | the lock in it is free | removed |
 //!
@@ -28,7 +30,7 @@ pub(crate) const UNPACK_PREFIX: &str = "unpack-";
 /// Cleans up. What cannot be cleaned is left with a warning: it must not keep a command from working.
 pub(crate) fn recover(home: &Home) -> Result<(), SandboxError> {
     for container in home.containers()? {
-        if container.state().status.is_live() || home.run_dir(container.id()).exists() {
+        if needs_recovery(&container) || home.run_dir(container.id()).exists() {
             warn(recover_container(home, container.id()));
         }
     }
@@ -40,6 +42,7 @@ pub(crate) fn recover(home: &Home) -> Result<(), SandboxError> {
     for orphan in self::orphans(home)? {
         match orphan {
             Orphan::Container(name) => warn(remove_tree(&home.containers_dir().join(name))),
+            Orphan::Volume(name) => warn(remove_tree(&home.volumes_dir().join(name))),
             Orphan::Run(name) => warn(remove_tree(&home.dirs().run.join(name))),
         }
     }
@@ -48,6 +51,7 @@ pub(crate) fn recover(home: &Home) -> Result<(), SandboxError> {
 
 enum Orphan {
     Container(String),
+    Volume(String),
     Run(String),
 }
 
@@ -61,6 +65,7 @@ fn orphans(home: &Home) -> Result<Vec<Orphan>, SandboxError> {
     let names = list(&home.containers_dir())?;
     let half = |name: &&String| name.starts_with(NEW_PREFIX) || name.starts_with(REMOVED_PREFIX);
     let mut found: Vec<Orphan> = names.iter().filter(half).cloned().map(Orphan::Container).collect();
+    found.extend(list(&home.volumes_dir())?.into_iter().filter(|name| half(&name)).map(Orphan::Volume));
     for run in list(&home.dirs().run)? {
         let of_container = run.len() == 16 && run.bytes().all(|b| b.is_ascii_hexdigit());
         let orphaned = if of_container {
@@ -83,12 +88,21 @@ pub(crate) fn recover_container(home: &Home, id: &str) -> Result<(), SandboxErro
     recover_locked(home, id, &lock)
 }
 
+/// Whether it says that it lives, or has ended and was to be gone then.
+fn needs_recovery(container: &Container) -> bool {
+    let status = container.state().status;
+    status.is_live() || (status == Status::Exited && container.config().auto_remove)
+}
+
 /// As [`recover_container`], by the holder of the container's lock.
 pub(crate) fn recover_locked(home: &Home, id: &str, lock: &FileLock) -> Result<(), SandboxError> {
     let mut container = Container::load(home, id)?;
     remove_tree(&home.run_dir(id))?;
-    if !container.state().status.is_live() {
+    if !needs_recovery(&container) {
         return Ok(());
+    }
+    if !container.state().status.is_live() {
+        return container.remove_locked(true);
     }
     tracing::warn!(id, "its supervisor was killed");
     let noted = container

@@ -39,6 +39,10 @@ impl Container {
     /// # Errors
     /// [`StartError`] with Docker's exit code; the container is then as before, with [`crate::ContainerState::error`] set.
     pub async fn start(&self, attach: Option<AttachOptions>) -> Result<Option<Attached>, StartError> {
+        self.noted("container start", self.try_start(attach).await)
+    }
+
+    async fn try_start(&self, attach: Option<AttachOptions>) -> Result<Option<Attached>, StartError> {
         let deadline = Instant::now() + scaled_ms(START_MS);
         let request = Request::Start { attach };
         loop {

@@ -6,12 +6,12 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::home::{RemoveDir, list, make_private_dir, remove_tree};
+use super::home::{NEW_PREFIX, REMOVED_PREFIX, RemoveDir, list, make_private_dir, remove_tree};
 use super::lock::FileLock;
 use super::names;
 use crate::clock::Timestamp;
 use crate::config::{MountConfig, check_volume_name};
-use crate::state::{read_json, write_json};
+use crate::state::{read_json, sync_dir, write_json};
 use crate::{Home, SandboxError};
 
 /// A named volume.
@@ -40,6 +40,16 @@ impl Home {
         name: &str,
         labels: BTreeMap<String, String>,
     ) -> Result<Volume, SandboxError> {
+        let made = self.try_create_volume(name, labels);
+        let name = made.as_ref().map_or(name, |volume| &volume.name).to_owned();
+        self.audit().note("volume create", &name, "", made)
+    }
+
+    fn try_create_volume(
+        &self,
+        name: &str,
+        labels: BTreeMap<String, String>,
+    ) -> Result<Volume, SandboxError> {
         if !name.is_empty() {
             check_volume_name(name)?;
         }
@@ -61,14 +71,18 @@ impl Home {
             found => return found,
         }
         let dir = self.volumes_dir().join(&name);
-        let undo = RemoveDir(Some(dir.clone()));
-        make_private_dir(&dir)?;
+        let beside = self.volumes_dir().join(format!("{NEW_PREFIX}{name}"));
+        let undo = RemoveDir(Some(beside.clone()));
+        make_private_dir(&beside)?;
+        let content = beside.join("_data");
+        fs::create_dir_all(&content).map_err(|source| SandboxError::io("make", &content, source))?;
+        set_mode(&content, 0o755)?;
         let mountpoint = dir.join("_data");
-        fs::create_dir_all(&mountpoint).map_err(|source| SandboxError::io("make", &mountpoint, source))?;
-        set_mode(&mountpoint, 0o755)?;
         let volume = Volume { name, created: Timestamp::now(), anonymous, labels, mountpoint };
-        write_json(&dir.join("volume.json"), &volume)?;
+        write_json(&beside.join("volume.json"), &volume)?;
+        fs::rename(&beside, &dir).map_err(|source| SandboxError::io("make", &dir, source))?;
         undo.release();
+        sync_dir(&self.volumes_dir())?;
         Ok(volume)
     }
 
@@ -78,7 +92,7 @@ impl Home {
     /// When the directory cannot be read.
     pub fn volumes(&self) -> Result<Vec<Volume>, SandboxError> {
         let mut all = Vec::new();
-        for name in list(&self.volumes_dir())? {
+        for name in list(&self.volumes_dir())?.iter().filter(|name| !name.starts_with('.')) {
             match self.volume(&name) {
                 Ok(volume) => all.push(volume),
                 Err(error) => tracing::warn!(name, %error, "volume left out"),
@@ -106,6 +120,10 @@ impl Home {
     /// # Errors
     /// [`SandboxError::NoSuchVolume`], [`SandboxError::VolumeInUse`] when a container (running or not) names it.
     pub fn remove_volume(&self, name: &str) -> Result<(), SandboxError> {
+        self.audit().note("volume remove", name, "", self.try_remove_volume(name))
+    }
+
+    fn try_remove_volume(&self, name: &str) -> Result<(), SandboxError> {
         let _lock = self.lock()?;
         self.volume(name)?;
         for container in self.containers()? {
@@ -116,7 +134,11 @@ impl Home {
                 return Err(SandboxError::VolumeInUse { name: name.to_owned(), container });
             }
         }
-        remove_tree(&self.volumes_dir().join(name))
+        let (dir, beside) =
+            (self.volumes_dir().join(name), self.volumes_dir().join(format!("{REMOVED_PREFIX}{name}")));
+        fs::rename(&dir, &beside).map_err(|source| SandboxError::io("remove", &dir, source))?;
+        sync_dir(&self.volumes_dir())?;
+        remove_tree(&beside)
     }
 }
 

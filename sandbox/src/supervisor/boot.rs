@@ -88,7 +88,7 @@ pub(super) async fn machine(
     remove_sockets(&run_dir)?;
     let listeners = Listeners::open(&config.ports)?;
     let image = storage::open_image(&config.image.disk)?;
-    let rw = storage::open_rw(home, id, config.rw_size_bytes).await?;
+    let rw = storage::open_rw(home, id, config.rw_size_bytes, !config.auto_remove).await?;
     steps.done("storage");
     let mut sockets = Sockets::default();
     let (shares, mounts) = mounts(home, config, &mut sockets)?;

@@ -111,6 +111,7 @@ pub(super) async fn run_once(shared: &Arc<Shared>, restarts: u32) -> Result<u8, 
         state.oom_killed = exit.oom_killed;
         state.end(Status::Exited, exit.code, exit.error.clone());
     });
+    container.note_exit(exit.code, &exit.error);
     let console = shared.console();
     shared.renew_console();
     console.finish(exit.code, &exit.error).await;

@@ -38,6 +38,22 @@ pub enum ImageError {
         /// What was given, shortened and without control characters.
         text: String,
     },
+    /// No key that the caller named has signed the image.
+    #[error("image {image} is not signed by {keys}: {why}")]
+    Unsigned {
+        /// Its name.
+        image: String,
+        /// Where the keys were read from.
+        keys: String,
+        /// What was found instead.
+        why: &'static str,
+    },
+    /// A file that holds no public key of a kind that is known.
+    #[error("{name} holds no public key: want PEM with an ECDSA P-256, Ed25519 or RSA key")]
+    BadKey {
+        /// The file.
+        name: String,
+    },
     /// Nothing in the store answers to this name or id.
     #[error("no such image: {query}")]
     NoSuchImage {

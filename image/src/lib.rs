@@ -15,6 +15,7 @@ pub mod progress;
 mod pull;
 mod reference;
 mod registry;
+mod signature;
 mod store;
 #[cfg(test)]
 mod testing;
@@ -30,6 +31,7 @@ pub use pull::{PullOptions, Pulled, pull};
 pub use reference::Reference;
 pub use registry::Patience;
 pub use registry::credentials::Auth;
+pub use signature::{VerifyKey, verify};
 pub use store::disk::{DiskBuild, DiskEntry};
 pub use store::gc::{GcReport, PruneScope};
 pub use store::images::{Removal, Removed, Used};

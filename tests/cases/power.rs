@@ -61,37 +61,39 @@ impl Store {
         let mut all = String::new();
         for (words, format) in QUESTIONS {
             let done = self.hyper(words).args(&["--format", format]).done();
-            if !done.code_is(0) || !done.error().is_empty() {
-                return Err(format!("{words}: {done:?}: {}", done.error()));
+            let said = done.error();
+            // That is to be told; that anything is damaged is not.
+            let wrong = said.lines().find(|line| !line.contains("its supervisor was killed"));
+            if !done.code_is(0) || wrong.is_some() {
+                return Err(format!("{words}: {said}"));
             }
-            all.push_str(&format!("{words}: {}\n", done.text()));
+            done.text().lines().for_each(|line| all.push_str(&format!("{words} {line}\n")));
         }
         let audit = self.hyper("audit --verify").done();
         if audit.code_is(0) { Ok(all) } else { Err(audit.error()) }
     }
 
     /// All that is there can be removed, and then nothing is.
-    fn is_removable(&self) -> Result<(), String> {
-        let ids = self.hyper("ps -aq").ok().text();
-        for id in ids.lines() {
-            self.removed("rm -f", id)?;
-        }
-        let volumes = self.hyper("volume ls -q").ok().text();
-        for name in volumes.lines() {
-            self.removed("volume rm", name)?;
-        }
-        for folder in ["containers", "volumes"] {
+    fn is_removable(&self, seen: &str) -> Result<(), String> {
+        let of = |question: &str| -> Vec<String> {
+            let lines = seen.lines().filter_map(|line| line.strip_prefix(question));
+            lines.filter_map(|line| line.split_whitespace().next()).map(str::to_owned).collect()
+        };
+        let (containers, volumes) = (of(QUESTIONS[0].0), of(QUESTIONS[2].0));
+        for (verb, what, folder) in [("rm -f", containers, "containers"), ("volume rm", volumes, "volumes")] {
+            if !what.is_empty() {
+                let names: Vec<&str> = what.iter().map(String::as_str).collect();
+                let done = self.hyper(verb).args(&names).done();
+                if !done.code_is(0) {
+                    return Err(format!("{verb} {what:?}: {}", done.error()));
+                }
+            }
             let left = fs::read_dir(self.data().join(folder)).map_or(0, Iterator::count);
             if left > 0 {
                 return Err(format!("{left} left in {folder}"));
             }
         }
         Ok(())
-    }
-
-    fn removed(&self, verb: &str, what: &str) -> Result<(), String> {
-        let done = self.hyper(verb).arg(what).done();
-        if done.code_is(0) { Ok(()) } else { Err(format!("{verb} {what}: {}", done.error())) }
     }
 }
 
@@ -141,7 +143,7 @@ impl Cuts<'_> {
             let seen = self.scratch.become_that(disk, view).and_then(|()| self.scratch.seen());
             let well = seen.and_then(|seen| {
                 if right.contains(&&seen) {
-                    self.scratch.is_removable()
+                    self.scratch.is_removable(&seen)
                 } else {
                     Err(format!("seen is\n{seen}"))
                 }

@@ -24,6 +24,9 @@ pub(crate) struct PullArgs {
     /// Platform, such as `linux/amd64`.
     #[arg(long)]
     pub(crate) platform: Option<String>,
+    /// Only an image that one of these public keys has signed (cosign's signatures); a PEM file, may be given several times.
+    #[arg(long, value_name = "FILE", env = "HYPER_VERIFY_KEY", value_delimiter = ':')]
+    pub(crate) verify_key: Vec<PathBuf>,
     /// NAME[:TAG|@DIGEST]
     pub(crate) image: String,
 }

@@ -33,7 +33,8 @@ pub(crate) async fn pull(args: PullArgs) -> Result<i32, CliError> {
     if !args.quiet && args.image.rfind(':') <= args.image.rfind('/') && reference.digest().is_none() {
         output::line("Using default tag: latest");
     }
-    let pulled = provide::pull(&store, &reference, args.platform.as_deref(), args.quiet).await?;
+    let options = provide::options(args.platform.as_deref(), &args.verify_key, args.quiet)?;
+    let pulled = provide::pull(&store, &reference, &options).await?;
     if !args.quiet {
         output::line(format!("Digest: {}", pulled.digest));
         let news = if pulled.changed { "Downloaded newer image for" } else { "Image is up to date for" };

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hyper_image::progress::{Progress, Quiet, for_stderr};
-use hyper_image::{DiskBuild, DiskEntry, Image, ImageError, Platform, PullOptions, Pulled, Reference, Store};
+use hyper_image::{
+    DiskBuild, DiskEntry, Image, ImageError, Platform, PullOptions, Pulled, Reference, Store, VerifyKey,
+};
 use hyper_sandbox::{Compression, Home, LayerBlob, UnpackProgress};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -18,21 +20,33 @@ const DISK_FORMAT: &str = "erofs-1";
 /// How long one start waits for another to unpack the same image.
 const UNPACK_PATIENCE: Duration = Duration::from_secs(1800);
 
-/// Pulls an image with progress on standard error unless `quiet`.
+/// How the flags want images to be got.
+///
+/// # Errors
+/// A platform or a key that is none.
+pub(crate) fn options(
+    platform: Option<&str>,
+    keys: &[PathBuf],
+    quiet: bool,
+) -> Result<PullOptions, CliError> {
+    let mut options = PullOptions { progress: progress(quiet), ..Default::default() };
+    if let Some(platform) = platform {
+        options.platform = Platform::parse(platform)?;
+    }
+    options.keys = keys.iter().map(|path| VerifyKey::read(path)).collect::<Result<_, _>>()?;
+    Ok(options)
+}
+
+/// Pulls an image.
 ///
 /// # Errors
 /// What the registry, the network or the store have against it, in one line.
 pub(crate) async fn pull(
     store: &Store,
     reference: &Reference,
-    platform: Option<&str>,
-    quiet: bool,
+    options: &PullOptions,
 ) -> Result<Pulled, CliError> {
-    let mut options = PullOptions { progress: progress(quiet), ..Default::default() };
-    if let Some(platform) = platform {
-        options.platform = Platform::parse(platform).map_err(CliError::from)?;
-    }
-    let pulled = hyper_image::pull(store, reference, &options).await;
+    let pulled = hyper_image::pull(store, reference, options).await;
     let digest = pulled.as_ref().map_or_else(|_| String::new(), |pulled| pulled.digest.to_string());
     Ok(crate::context::audit().note("image pull", &reference.full(), &digest, pulled)?)
 }
@@ -42,7 +56,7 @@ fn progress(quiet: bool) -> Arc<dyn Progress> {
     if quiet { Arc::new(Quiet) } else { for_stderr() }
 }
 
-/// The image that `run` or `create` names, by policy from the store or the registry.
+/// The image that `run` or `create` names, by policy from the store or the registry. With keys, one of them has signed it wherever it came from.
 ///
 /// # Errors
 /// Docker's words when it cannot be found; exit code 125.
@@ -50,7 +64,7 @@ pub(crate) async fn image(
     store: &Store,
     name: &str,
     policy: PullPolicy,
-    platform: Option<&str>,
+    options: &PullOptions,
     quiet: bool,
 ) -> Result<Image, CliError> {
     let found = match policy {
@@ -62,13 +76,14 @@ pub(crate) async fn image(
         },
     };
     if let Some(image) = found {
+        hyper_image::verify(store, &image, options).await?;
         return Ok(image);
     }
     let reference = Reference::parse(name)?;
     if policy == PullPolicy::Missing && !quiet {
         output::note(format!("Unable to find image '{reference}' locally"));
     }
-    Ok(pull(store, &reference, platform, quiet).await?.image)
+    Ok(pull(store, &reference, options).await?.image)
 }
 
 /// The read-only disk of an image, unpacked in a throw-away machine when it is not there yet.

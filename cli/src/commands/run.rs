@@ -107,9 +107,8 @@ async fn make(options: &ContainerOptions, foreground: bool) -> Result<Container,
     }
     configure::check(options)?;
     let (home, store) = (context::home()?, context::images()?);
-    let platform = options.platform.as_deref();
-    let image =
-        provide::image(&store, &configure::name(options), options.pull, platform, options.quiet).await?;
+    let wish = provide::options(options.platform.as_deref(), &options.verify_key, options.quiet)?;
+    let image = provide::image(&store, &configure::name(options), options.pull, &wish, options.quiet).await?;
     let hold = store.hold().await?;
     let mut config = configure::configure(options, &image)?;
     config.process.stdin_once = foreground && options.interactive;

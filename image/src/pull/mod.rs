@@ -19,8 +19,9 @@ use crate::manifest::{self, BlobRef, Document, Parts};
 use crate::platform::Platform;
 use crate::progress::{Event, LayerState, Progress, Quiet};
 use crate::reference::Reference;
-use crate::registry::credentials::{Auth, Source};
+use crate::registry::credentials::Auth;
 use crate::registry::{Fetched, Patience, Registry};
+use crate::signature::{self, VerifyKey};
 use crate::store::Store;
 
 mod blob;
@@ -47,6 +48,8 @@ pub struct PullOptions {
     pub plain_http: bool,
     /// Time limits and retries.
     pub patience: Patience,
+    /// Keys of which one must have signed the image; none: it need not be signed.
+    pub keys: Vec<VerifyKey>,
     /// Who is told how far it is.
     pub progress: Arc<dyn Progress>,
 }
@@ -60,6 +63,7 @@ impl Default for PullOptions {
             docker_config_dir: None,
             plain_http: false,
             patience: Patience::default(),
+            keys: Vec::new(),
             progress: Arc::new(Quiet),
         }
     }
@@ -96,16 +100,15 @@ pub struct Pulled {
 pub async fn pull(store: &Store, reference: &Reference, options: &PullOptions) -> Result<Pulled> {
     let _hold = store.hold().await?;
     if let Some(pulled) = present(store, reference, options).await? {
+        signature::verify(store, &pulled.image, options).await?;
         return Ok(pulled);
     }
-    let source = Source {
-        auth: options.auth.clone(),
-        config_dir: options.docker_config_dir.clone(),
-        helper_dir: None,
-    };
-    let registry = Registry::new(reference, source, options.plain_http, options.patience)?;
+    let registry = Registry::of(reference, options)?;
     let what = reference.to_string();
     let (top, fetched, parts) = find_manifest(&registry, reference, &options.platform).await?;
+    if !options.keys.is_empty() {
+        signature::check(store, &registry, reference, &top, options).await?;
+    }
     options.progress.event(&Event::Started { reference });
     let mut outcome = fetch_content(store, &registry, &parts, &fetched, options, &what).await;
     // What was left of other downloads is worth less than this one.

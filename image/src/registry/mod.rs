@@ -10,6 +10,7 @@ use reqwest::{Client, Response, StatusCode, Url};
 use crate::digest::Digest;
 use crate::error::{ImageError, Result};
 use crate::manifest::{self, MAX_MANIFEST_BYTES};
+use crate::pull::PullOptions;
 use crate::reference::Reference;
 use crate::registry::auth::Authenticator;
 use crate::registry::body::Peer;
@@ -107,6 +108,16 @@ impl Registry {
         })?;
         let auth = Authenticator::new(client.clone(), peer.clone(), reference.clone(), source, plain);
         Ok(Self { client, base, peer, reference: reference.clone(), auth, patience })
+    }
+
+    /// The registry of `reference`, spoken to as the caller of a pull wishes.
+    pub(crate) fn of(reference: &Reference, options: &PullOptions) -> Result<Self> {
+        let source = Source {
+            auth: options.auth.clone(),
+            config_dir: options.docker_config_dir.clone(),
+            helper_dir: None,
+        };
+        Self::new(reference, source, options.plain_http, options.patience)
     }
 
     /// Whom this speaks to, for errors and for reading bodies.

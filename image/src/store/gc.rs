@@ -95,7 +95,7 @@ impl Store {
                 fault::point("blob removed");
             }
         }
-        report.freed_bytes += self.sweep_leftovers(min_age)?;
+        report.freed_bytes += self.sweep_leftovers(min_age)? + self.sweep_signatures()?;
         for (path, meta) in list(&self.disks_dir())? {
             let key = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.split('.').next());
             if !key.is_some_and(|key| keys.contains(key)) && !used.disks.contains(&path) {
@@ -106,6 +106,25 @@ impl Store {
         sync_dir(&self.blobs_dir())?;
         sync_dir(&self.disks_dir())?;
         Ok(report)
+    }
+
+    /// Removes signatures of what is not stored any more.
+    fn sweep_signatures(&self) -> Result<u64> {
+        let index = self.index()?;
+        let signed: HashSet<&str> = index
+            .images
+            .values()
+            .flat_map(|record| &record.repo_digests)
+            .filter_map(|name| name.rsplit(':').next())
+            .collect();
+        let mut freed = 0;
+        for (path, meta) in list(&self.signatures_dir())? {
+            let digest = path.file_stem().and_then(|name| name.to_str());
+            if !digest.is_some_and(|digest| signed.contains(digest)) {
+                freed += remove_file(&path, &meta)?;
+            }
+        }
+        Ok(freed)
     }
 
     /// Digests and disk keys that recorded images need.

@@ -8,6 +8,7 @@
 //! <root>/blobs/sha256/<hex>        complete, synced, checked, read-only
 //! <root>/ingest/<hex>.partial      download under way or to be resumed; locked by whoever writes it
 //! <root>/ingest/<pid>-<n>.tmp      anything else that is being written
+//! <root>/signatures/<hex>.json     signatures of an image, by the digest under which it was pulled
 //! <root>/disks/<key>.<format>      complete unpacked image, read-only
 //! <root>/disks/<key>.<format>.lock held by whoever builds that disk
 //! <root>/disks/*.building          a disk being built
@@ -81,7 +82,8 @@ impl Store {
                 write_budget: std::sync::atomic::AtomicI64::new(i64::MAX),
             }),
         };
-        for dir in [root, &root.join("blobs"), &store.blobs_dir(), &store.ingest_dir(), &store.disks_dir()] {
+        let (blobs, signatures) = (root.join("blobs"), store.signatures_dir());
+        for dir in [root, &blobs, &store.blobs_dir(), &store.ingest_dir(), &store.disks_dir(), &signatures] {
             create_dir(dir)?;
         }
         store.check_version()?;
@@ -183,6 +185,11 @@ impl Store {
         self.root().join("ingest")
     }
 
+    /// `<root>/signatures`.
+    pub(crate) fn signatures_dir(&self) -> PathBuf {
+        self.root().join("signatures")
+    }
+
     /// `<root>/disks`.
     pub(crate) fn disks_dir(&self) -> PathBuf {
         self.root().join("disks")
@@ -271,13 +278,19 @@ impl Drop for TempPath {
     }
 }
 
-/// Creates a private directory unless it exists.
+/// Creates a private directory, and those above it, unless it exists; durably.
 fn create_dir(path: &Path) -> Result<()> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .map_err(|error| ImageError::io("create directory", path, error))
+    if path.is_dir() {
+        return Ok(());
+    }
+    let parent = path.parent().unwrap_or(path);
+    if parent != path {
+        create_dir(parent)?;
+    }
+    // Another process may be just as far.
+    let created = DirBuilder::new().recursive(true).mode(0o700).create(path);
+    created.map_err(|error| ImageError::io("create directory", path, error))?;
+    sync_dir(parent)
 }
 
 /// Makes renames and unlinks in a directory durable.

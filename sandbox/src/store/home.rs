@@ -41,8 +41,9 @@ impl Home {
     /// When a directory cannot be made or read.
     pub fn open(dirs: Dirs, parts: Parts) -> Result<Self, SandboxError> {
         let home = Self::assume(dirs, parts);
-        for dir in [home.containers_dir(), home.volumes_dir(), home.dirs().run.clone()] {
-            make_private_dir(&dir)?;
+        make_private_dir(&home.dirs().run)?;
+        for dir in [home.containers_dir(), home.volumes_dir()] {
+            make_lasting_dir(&dir)?;
         }
         recover::recover(&home)?;
         Ok(home)
@@ -251,6 +252,19 @@ pub(crate) fn make_private_dir(dir: &Path) -> Result<(), SandboxError> {
     use std::os::unix::fs::DirBuilderExt;
     let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
     made.map_err(|source| SandboxError::io("make", dir, source))
+}
+
+/// As [`make_private_dir`]; it is there when the power comes back, too.
+fn make_lasting_dir(dir: &Path) -> Result<(), SandboxError> {
+    if dir.is_dir() {
+        return Ok(());
+    }
+    let parent = dir.parent().unwrap_or(dir);
+    if parent != dir {
+        make_lasting_dir(parent)?;
+    }
+    make_private_dir(dir)?;
+    sync_dir(parent)
 }
 
 /// Removes a directory and all in it; it is no error if it is not there.

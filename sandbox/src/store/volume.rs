@@ -93,7 +93,7 @@ impl Home {
     pub fn volumes(&self) -> Result<Vec<Volume>, SandboxError> {
         let mut all = Vec::new();
         for name in list(&self.volumes_dir())?.iter().filter(|name| !name.starts_with('.')) {
-            match self.volume(&name) {
+            match self.volume(name) {
                 Ok(volume) => all.push(volume),
                 Err(error) => tracing::warn!(name, %error, "volume left out"),
             }

@@ -206,8 +206,14 @@ fn head(quoted: &str, len: u64) -> Vec<u8> {
 
 /// Bytes of `\x2f\x61`, in quotes or not.
 fn bytes(text: &str) -> Vec<u8> {
-    let digits = text.split("\\x").skip(1);
-    digits.filter_map(|pair| u8::from_str_radix(pair.get(..2)?, 16).ok()).collect()
+    let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+    let escapes = text.trim_matches('"').as_bytes().chunks_exact(4);
+    escapes
+        .filter_map(|escape| match escape {
+            [b'\\', b'x', high, low] => Some(digit(*high)? * 16 + digit(*low)?),
+            _ => None,
+        })
+        .collect()
 }
 
 /// The path relative to the folder, if it is below it.

@@ -1,5 +1,6 @@
 //! The product from outside. Each module is one group and gets a lab machine of its own; a hang costs one group.
 
+mod audit;
 mod bays;
 mod bench;
 mod cluster;

@@ -31,12 +31,18 @@ const DAMAGED: &str = "@damaged ";
 /// How often a group may begin again because its machine was damaged.
 const MOST_DAMAGED: usize = 1;
 /// Groups that take longest; they start first.
-const LONGEST: [&str; 10] = [
+const LONGEST: [&str; 16] = [
     "kubernetes_faults",
     "kubernetes_many",
     "cluster",
     "faults",
     "services",
+    "injected",
+    "interrupted",
+    "fork",
+    "rootless",
+    "power",
+    "network",
     "many",
     "options",
     "kubernetes",

@@ -38,6 +38,15 @@ impl Op {
         }
     }
 
+    /// Whether it is about the content of a file of this name.
+    #[must_use]
+    pub fn is_in(&self, name: &str) -> bool {
+        match self {
+            Self::Write { path, .. } | Self::Sync(path) => path.file_name().is_some_and(|file| file == name),
+            _ => false,
+        }
+    }
+
     /// The first half of what is written: a write may be torn.
     #[must_use]
     pub fn torn(&self) -> Option<Self> {
@@ -151,7 +160,11 @@ fn change(call: &Call<'_>, root: &Path) -> Result<Option<Op>, String> {
         "renameat" | "renameat2" => renamed(name_at(0), name_at(2))?,
         "rmdir" | "unlink" => name(0).map(Op::Remove),
         "unlinkat" => name_at(0).map(Op::Remove),
-        "fsync" | "fdatasync" => fd(0).map(Op::Sync),
+        "fsync" | "fdatasync" => {
+            let path = file(arg(0)).unwrap_or_default();
+            let whole = (path == root).then(PathBuf::new);
+            below(&path, root).or(whole).map(Op::Sync)
+        }
         // Looking for data and holes changes nothing, and holes are made where there are zeroes.
         "lseek" => None,
         "fallocate" if arg(1).contains("FALLOC_FL_PUNCH_HOLE") => None,
@@ -243,6 +256,7 @@ mod tests {
              1  pwrite64(3<{file}>, \"{hello}\", 5, 7) = 5\n\
              1  rename(\"{file}\", \"{to}\") = 0\n\
              1  fsync(4<{root}>) = 0\n\
+             1  fsync(4<{store}>) = 0\n\
              1  write(9<{other}>, \"{hello}\", 5) = 5\n\
              1  unlinkat(4<{dir}>, \"{name}\", 0) = 0\n\
              1  write(3<{to}>(deleted), \"{hello}\", 5) = 5\n\
@@ -253,6 +267,7 @@ mod tests {
             dir = hex("/s/d"),
             to = hex("/s/b"),
             root = hex("/s/d"),
+            store = hex("/s"),
             other = hex("/other"),
             name = hex("x"),
         );
@@ -267,6 +282,7 @@ mod tests {
                 Op::Write { path: a.clone(), at: Some(7), bytes: b"hello".to_vec() },
                 Op::Rename { from: a.clone(), to: b.clone() },
                 Op::Sync(d),
+                Op::Sync(PathBuf::new()),
                 Op::Remove("d/x".into()),
                 Op::Copy { from: b, from_at: 0, to: a, to_at: 1, len: 5 },
             ]

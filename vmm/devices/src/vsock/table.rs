@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
@@ -37,6 +37,7 @@ pub(super) const TX_KICK: u64 = 0;
 pub(super) const RX_KICK: u64 = 1;
 pub(super) const LISTENER: u64 = 2;
 pub(super) const TIMER: u64 = 3;
+pub(super) const EVENT_KICK: u64 = 4;
 const FIRST_CONNECTION: u64 = 16;
 
 /// What is counted since the device was made.
@@ -44,6 +45,8 @@ const FIRST_CONNECTION: u64 = 16;
 pub(super) struct Counters {
     /// Connections that there are just now.
     pub(super) open: AtomicU64,
+    /// The driver believes in connections that are gone.
+    pub(super) reset_due: AtomicBool,
     pub(super) connections: AtomicU64,
     pub(super) refused: AtomicU64,
     pub(super) bytes_to_guest: AtomicU64,
@@ -79,6 +82,8 @@ pub(super) struct HostSide {
     pub(super) counters: Arc<Counters>,
     listener: UnixListener,
     listening: bool,
+    /// Nobody is connected for now.
+    held: bool,
     callers: Arc<Callers>,
     timer: OwnedFd,
     ticking: bool,
@@ -97,11 +102,13 @@ impl Drop for HostSide {
 }
 
 impl HostSide {
+    /// When the driver has to hear of a reset first, nobody is connected before [`Self::reset_is_done`].
     pub(super) fn new(
         listener: UnixListener,
         callers: Arc<Callers>,
         counters: Arc<Counters>,
     ) -> io::Result<Self> {
+        let held = counters.reset_due.load(Ordering::Relaxed);
         let epoll = Epoll::new()?;
         let timer = rustix::time::timerfd_create(
             TimerfdClockId::Monotonic,
@@ -111,7 +118,8 @@ impl HostSide {
             epoll,
             counters,
             listener,
-            listening: true,
+            listening: !held,
+            held,
             callers,
             timer,
             ticking: false,
@@ -122,8 +130,17 @@ impl HostSide {
             ready: VecDeque::new(),
         };
         side.watch(&side.timer, TIMER)?;
-        side.watch(&side.listener, LISTENER)?;
+        if !held {
+            side.watch(&side.listener, LISTENER)?;
+        }
         Ok(side)
+    }
+
+    /// The driver knows that it has no connections: from now on new ones are made.
+    pub(super) fn reset_is_done(&mut self) {
+        self.counters.reset_due.store(false, Ordering::Relaxed);
+        self.held = false;
+        self.listen();
     }
 
     /// Has the event set report `source` as `id` when it is readable.
@@ -131,7 +148,8 @@ impl HostSide {
         self.epoll.ctl(ControlOperation::Add, source.as_raw_fd(), EpollEvent::new(EventSet::IN, id))
     }
 
-    fn unwatch(&self, source: &impl AsRawFd) -> io::Result<()> {
+    /// The opposite of [`Self::watch`].
+    pub(super) fn unwatch(&self, source: &impl AsRawFd) -> io::Result<()> {
         self.epoll.ctl(ControlOperation::Delete, source.as_raw_fd(), EpollEvent::default())
     }
 
@@ -169,7 +187,7 @@ impl HostSide {
 
     /// Connects to a port of the host that the guest asked for. False when it is not served or there is no room.
     pub(super) fn connect(&mut self, key: Key, window: u32, forwarded: u32) -> bool {
-        if self.len() >= MAX_CONNECTIONS {
+        if self.held || self.len() >= MAX_CONNECTIONS {
             return false;
         }
         let Ok(stream) = self.callers.call(key.host_port) else { return false };
@@ -248,7 +266,7 @@ impl HostSide {
     }
 
     fn listen(&mut self) {
-        self.listening = self.watch(&self.listener, LISTENER).is_ok();
+        self.listening = !self.held && self.watch(&self.listener, LISTENER).is_ok();
     }
 
     /// Brings the event set and the ready list up to date with a connection. Returns its key when the guest is to be
@@ -323,7 +341,7 @@ impl HostSide {
             self.listen();
         }
         let waiting = self.connections.values().any(|c| c.deadline.is_some());
-        if !waiting && self.listening {
+        if !waiting && (self.listening || self.held) {
             self.set_timer(Timespec { tv_sec: 0, tv_nsec: 0 });
             self.ticking = false;
         }

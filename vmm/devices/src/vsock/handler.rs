@@ -242,9 +242,10 @@ impl VsockHandler {
         }
     }
 
-    /// Has the guest told that it has no such connection.
+    /// Has the guest told that it has no such connection. One that is yet to hear that it has none at all would take that for an end in
+    /// order.
     fn reset(&mut self, key: Key) {
-        if self.resets.len() < MAX_RESETS {
+        if self.reset.is_none() && self.resets.len() < MAX_RESETS {
             self.resets.push_back(key);
         }
     }

@@ -36,12 +36,11 @@ fn whoever_goes_on_hears_that_its_connections_are_gone_before_there_are_new_ones
     assert_eq!(vm.interrupt.used.load(std::sync::atomic::Ordering::SeqCst), 1);
     assert_eq!(vm.device.save().unwrap(), [1], "the driver may not have looked yet");
 
-    // What the driver still sends on old connections, and new ones of its own, are refused.
+    // What the driver still sends on old connections, and new ones of its own, have no answer: they end with all others.
     let old = Key { guest_port: 1024, host_port: 1 << 30 };
     vm.send(packet(old, Op::Data), b"stale", 99);
     vm.send(packet(Key { guest_port: 5000, host_port: 52 }, Op::Request), &[], 1);
-    let refused: Vec<_> = vm.run().into_iter().map(|(header, _)| header.op).collect();
-    assert_eq!(refused, [Op::Reset, Op::Reset]);
+    assert!(vm.run().is_empty());
 
     // It has looked: it gives the buffer back.
     events.offer(&[(EVENT_BUFFERS, 4, true)]);

@@ -74,7 +74,8 @@ pub(crate) fn with_descendants(container: &Container, first: &[Pid]) -> Result<V
         let stat = std::fs::read(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
         Some((pid, parse_stat(&String::from_utf8_lossy(&stat))?.ppid))
     };
-    let parents: Vec<(Pid, u32)> = container.cgroup().processes()?.into_iter().filter_map(parent_of).collect();
+    let parents: Vec<(Pid, u32)> =
+        container.cgroup().processes()?.into_iter().filter_map(parent_of).collect();
     Ok(descendants(first, &parents))
 }
 

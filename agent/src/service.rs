@@ -8,9 +8,10 @@ use hyper_protocol::rpc::agent::{
     ArchiveRequest, ArchiveResponse, ConfigureNetworkRequest, ConfigureRequest, ConfigureResponse,
     ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateContainerResponse, CreateProcessRequest,
     CreateProcessResponse, Empty, ExitStatus, ListProcessesResponse, NextEventsRequest, NextEventsResponse,
-    PathStat, ProcessRef, RenewContainerRequest, ResizeTerminalRequest, SandboxEvent, SetClockRequest, SetProcessorsRequest,
-    SignalProcessRequest, StartProcessResponse, StatPathRequest, StatsResponse, TakeSpansRequest,
-    TakeSpansResponse, UnpackImageRequest, UnpackImageResponse, UpdateContainerRequest, sandbox_event,
+    PathStat, ProcessRef, RenewContainerRequest, ResizeTerminalRequest, SandboxEvent, SetClockRequest,
+    SetProcessorsRequest, SignalProcessRequest, StartProcessResponse, StatPathRequest, StatsResponse,
+    TakeSpansRequest, TakeSpansResponse, UnpackImageRequest, UnpackImageResponse, UpdateContainerRequest,
+    sandbox_event,
 };
 use hyper_protocol::rpc::agent_ttrpc::Agent;
 use ttrpc::r#async::TtrpcContext;

@@ -347,7 +347,9 @@ async fn pump_out<S: HostStream>(
             match write_some(stream, bytes, &mut exited).await {
                 Ok(()) => {}
                 // A connection that is closed says so; any other end is that of all connections of a saved machine.
-                Err(error) if error.kind() == ErrorKind::BrokenPipe || *exited.borrow() => host = Listener::Deaf,
+                Err(error) if error.kind() == ErrorKind::BrokenPipe || *exited.borrow() => {
+                    host = Listener::Deaf
+                }
                 Err(_) => host = Listener::Awaited,
             }
         }

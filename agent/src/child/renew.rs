@@ -37,8 +37,7 @@ const ID_BYTES: usize = 16;
 pub(crate) fn run(plan: &RenewPlan) -> Result<Report, AgentError> {
     let (machine_id, boot_id) = (random_id()?, random_id()?);
     let container = sys::take_inherited_fd(plan.pidfd).tried(|| "take the container's pidfd".to_owned())?;
-    let namespaces =
-        ThreadNameSpaceType::MOUNT.union(ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME);
+    let namespaces = ThreadNameSpaceType::MOUNT.union(ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME);
     rustix::thread::move_into_thread_name_spaces(container.as_fd(), namespaces)
         .tried(|| "join the container's namespaces".to_owned())?;
     if !plan.hostname.is_empty() {

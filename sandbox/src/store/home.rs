@@ -85,6 +85,10 @@ impl Home {
         self.dirs().data.join("templates")
     }
 
+    pub(crate) fn snapshots_dir(&self) -> PathBuf {
+        self.dirs().data.join("snapshots")
+    }
+
     /// The lock under which containers and volumes are made, named and removed. Held for a few file operations.
     pub(crate) fn lock(&self) -> Result<FileLock, SandboxError> {
         FileLock::take_short(&self.dirs().data.join("lock"))
@@ -99,7 +103,16 @@ impl Home {
     ///
     /// # Errors
     /// [`SandboxError::Config`], [`SandboxError::NameInUse`], or a failed write.
-    pub fn create(&self, mut config: ContainerConfig) -> Result<Container, SandboxError> {
+    pub fn create(&self, config: ContainerConfig) -> Result<Container, SandboxError> {
+        self.create_with(config, |_| Ok(()))
+    }
+
+    /// As [`Home::create`]; `fill` puts more into its directory before anybody sees it. The home's lock is held meanwhile.
+    pub(crate) fn create_with(
+        &self,
+        mut config: ContainerConfig,
+        fill: impl FnOnce(&Path) -> Result<(), SandboxError>,
+    ) -> Result<Container, SandboxError> {
         config.check()?;
         let lock = self.lock()?;
         let others = self.containers()?;
@@ -123,6 +136,7 @@ impl Home {
         write_json(&beside.join("state.json"), &state)?;
         fs::write(beside.join("lock"), "")
             .map_err(|source| SandboxError::io("write", beside.join("lock"), source))?;
+        fill(&beside)?;
         fs::rename(&beside, &dir).map_err(|source| SandboxError::io("make", &dir, source))?;
         undo.release();
         Ok(Container::new(self.clone(), record, state))

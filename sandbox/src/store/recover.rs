@@ -3,6 +3,7 @@
 //! | left | recognised by | done |
 //! |---|---|---|
 //! | `containers/.new-*`, `.removed-*` | we hold the home's lock, under which they are made | removed |
+//! | `snapshots/.new-*` | the lock in it is free | removed |
 //! | a live status | its container's lock is free | exited, 137; removed if it was to remove itself |
 //! | `run/<id>` | its container is gone, or its lock is free | removed |
 //! | `run/unpack-*` | the lock in it is free | removed |
@@ -11,6 +12,7 @@
 //! descriptors).
 
 use std::io::ErrorKind;
+use std::path::PathBuf;
 
 use super::home::{NEW_PREFIX, REMOVED_PREFIX, list, remove_tree};
 use super::lock::FileLock;
@@ -41,6 +43,7 @@ pub(crate) fn recover(home: &Home) -> Result<(), SandboxError> {
         match orphan {
             Orphan::Container(name) => warn(remove_tree(&home.containers_dir().join(name))),
             Orphan::Run(name) => warn(remove_tree(&home.dirs().run.join(name))),
+            Orphan::Snapshot(dir) => warn(remove_tree(&dir)),
         }
     }
     Ok(())
@@ -49,6 +52,7 @@ pub(crate) fn recover(home: &Home) -> Result<(), SandboxError> {
 enum Orphan {
     Container(String),
     Run(String),
+    Snapshot(PathBuf),
 }
 
 fn warn(result: Result<(), SandboxError>) {
@@ -61,6 +65,7 @@ fn orphans(home: &Home) -> Result<Vec<Orphan>, SandboxError> {
     let names = list(&home.containers_dir())?;
     let half = |name: &&String| name.starts_with(NEW_PREFIX) || name.starts_with(REMOVED_PREFIX);
     let mut found: Vec<Orphan> = names.iter().filter(half).cloned().map(Orphan::Container).collect();
+    found.extend(super::snapshot::orphans(home)?.into_iter().map(Orphan::Snapshot));
     for run in list(&home.dirs().run)? {
         let of_container = run.len() == 16 && run.bytes().all(|b| b.is_ascii_hexdigit());
         let orphaned = if of_container {

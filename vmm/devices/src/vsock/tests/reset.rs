@@ -32,7 +32,11 @@ fn whoever_goes_on_hears_that_its_connections_are_gone_before_there_are_new_ones
     kick.write(1).unwrap();
     assert!(vm.run().is_empty());
     assert_eq!(events.used().map(|(_, len)| len), Some(4));
-    assert_eq!(mem.read_obj::<u32>(GuestAddress(EVENT_BUFFERS)).unwrap(), 0, "VIRTIO_VSOCK_EVENT_TRANSPORT_RESET");
+    assert_eq!(
+        mem.read_obj::<u32>(GuestAddress(EVENT_BUFFERS)).unwrap(),
+        0,
+        "VIRTIO_VSOCK_EVENT_TRANSPORT_RESET"
+    );
     assert_eq!(vm.interrupt.used.load(std::sync::atomic::Ordering::SeqCst), 1);
     assert_eq!(vm.device.save().unwrap(), [1], "the driver may not have looked yet");
 

@@ -46,7 +46,8 @@ pub(crate) async fn fork(args: &ForkArgs) -> Result<i32, CliError> {
 /// Starts all at once; the first failure counts.
 async fn start_all(clones: &[Container]) -> Result<(), CliError> {
     let mut starts = JoinSet::new();
-    for clone in clones.iter().cloned() {
+    for clone in clones {
+        let clone = clone.clone();
         starts.spawn(async move { clone.start(None).await.map(drop) });
     }
     let mut outcome = Ok(());

@@ -98,25 +98,12 @@ pub(super) async fn machine(
     let mut sockets = Sockets::default();
     let (shares, mounts) = mounts(home, config, &mut sockets)?;
     let host = HostResolver::of_host();
-    let (mut link, mut names, mut net, mut host_ports) =
-        (None, None, None, sockets.port.take().into_iter().collect::<Vec<_>>());
+    let mut connection = Connection::default();
     if config.network == NetworkMode::Bridge {
-        let settings = NetworkSettings::from_env()?;
-        let mut connected = settings.connect(last_address(container), &Policy::of(config)).await?;
-        net = connected.take_tap().map(|tap| NetPlan { tap, mac: connected.mac, mtu: MTU });
-        let (callers, port) = launch::Callers::of_port(DNS_PORT)
-            .map_err(|source| SandboxError::io("make a socket in", &run_dir, source))?;
-        host_ports.push(port);
-        let resolver = Resolver {
-            home: home.clone(),
-            gateway: settings.gateway(),
-            upstreams: upstreams(config, &host),
-            names: connected.take_names(),
-        };
-        names = Some(NameService::start(callers, resolver));
-        link = Some(connected);
+        connection = connect(home, container, &host).await?;
         steps.done("network");
     }
+    let Connection { mut link, names, net, port } = connection;
     let saved = open_saved(&container.dir())?;
     let mut sizing = MemorySizing::load(&home.templates_dir(), home.parts());
     let (vcpus, vm_mem_mib) = match &saved {
@@ -138,7 +125,7 @@ pub(super) async fn machine(
             DiskPlan { id: RW_DISK.to_owned(), file: rw, read_only: false },
         ],
         nets: net.into_iter().collect(),
-        host_ports,
+        host_ports: sockets.port.take().into_iter().chain(port).collect(),
         shares,
         kernel_args: config.kernel_args.clone(),
         in_pod: false,
@@ -149,15 +136,11 @@ pub(super) async fn machine(
     let inputs = MachineShape::planned(&plan).inputs(home.parts())?;
     let request = configure(config, id, link.as_ref());
     let (saved, started) = match saved {
+        Some((saved, _)) if saved.inputs != inputs => {
+            return Err(SandboxError::Stale(container.name().to_owned()));
+        }
         Some((saved, files)) => {
-            if saved.inputs != inputs {
-                return Err(SandboxError::Stale(container.name().to_owned()));
-            }
-            let request = found_as_saved(request, &saved);
-            // The guest is about to write to a disk that what was saved will not fit any more.
-            forget_saved(&container.dir())?;
-            let started = launch::go_on(home, plan, files, request, steps).await?;
-            started.guest.agent.begin_streams(saved.next_stream);
+            let started = go_on(home, container, plan, (&saved, files), request, steps).await?;
             (Some(saved), started)
         }
         None => (None, launch::start(home, plan, request, steps).await?),
@@ -175,6 +158,54 @@ pub(super) async fn machine(
         steps.done("firewall");
     }
     Ok(Machine { guest, listeners, link, names, inputs, saved, mounts, host, _sockets: sockets })
+}
+
+/// What connects a container with others.
+#[derive(Debug, Default)]
+struct Connection {
+    link: Option<Link>,
+    names: Option<NameService>,
+    net: Option<NetPlan>,
+    /// Of the name service, for the VMM.
+    port: Option<HostPortPlan>,
+}
+
+async fn connect(
+    home: &Home,
+    container: &Container,
+    host: &HostResolver,
+) -> Result<Connection, SandboxError> {
+    let config = container.config();
+    let settings = NetworkSettings::from_env()?;
+    let mut link = settings.connect(last_address(container), &Policy::of(config)).await?;
+    let net = link.take_tap().map(|tap| NetPlan { tap, mac: link.mac, mtu: MTU });
+    let (callers, port) = launch::Callers::of_port(DNS_PORT)
+        .map_err(|source| SandboxError::io("make a socket for", container.dir(), source))?;
+    let resolver = Resolver {
+        home: home.clone(),
+        gateway: settings.gateway(),
+        upstreams: upstreams(config, host),
+        names: link.take_names(),
+    };
+    let names = NameService::start(callers, resolver);
+    Ok(Connection { link: Some(link), names: Some(names), net, port: Some(port) })
+}
+
+/// Has the machine of a container go on from what was saved, which is gone then.
+async fn go_on(
+    home: &Home,
+    container: &Container,
+    plan: GuestPlan,
+    (saved, files): (&SavedMachine, launch::Template),
+    request: ConfigureRequest,
+    steps: &mut Steps,
+) -> Result<launch::Started, SandboxError> {
+    let request = found_as_saved(request, saved);
+    // The guest is about to write to a disk that what was saved will not fit any more.
+    forget_saved(&container.dir())?;
+    let started = launch::go_on(home, plan, files, request, steps).await?;
+    started.guest.agent.begin_streams(saved.next_stream);
+    Ok(started)
 }
 
 /// Sockets of an earlier run of this supervisor.

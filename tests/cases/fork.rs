@@ -74,10 +74,8 @@ fn a_fork_goes_on_where_its_source_was() {
     fork.sh("echo mine >/kept").ok();
     source.sh("cat /kept").ok().says("disk");
     // The port stays with the source; names are their own; the rest is as it was.
-    assert_eq!(
-        (source.call("port").ok().text(), fork.call("port").ok().text().as_str()),
-        ("80/tcp -> 0.0.0.0:8090\n80/tcp -> [::]:8090".to_owned(), "")
-    );
+    source.call("port").ok().shows("8090");
+    fork.call("port").ok().says("");
     assert_ne!(fork.field(".Name"), source.field(".Name"));
     assert_eq!(fork.field(".Config.Labels.kept"), "yes");
 

@@ -89,11 +89,13 @@ impl VirtioDevice for Vsock {
         self.counters.reset_due.store(false, Ordering::Relaxed);
     }
 
-    /// Whether the driver has connections. They stay here; where the guest goes on it is told that it has none any more (5.10.6.7).
+    /// Whether the driver has connections, and which ports it may know. They stay here; where the guest goes on it is told that it has none
+    /// any more (5.10.6.7).
     fn save(&self) -> Result<Vec<u8>, StateError> {
         let open = self.counters.open.load(Ordering::Relaxed) > 0;
         let mut to = Writer::default();
         to.u8(u8::from(open || self.counters.reset_due.load(Ordering::Relaxed)));
+        to.u32(self.counters.next_port.load(Ordering::Relaxed));
         Ok(to.done())
     }
 
@@ -104,7 +106,12 @@ impl VirtioDevice for Vsock {
             1 => true,
             _ => return Err(StateError::Value { what: "connections" }),
         };
+        let next_port = from.u32()?;
         from.end()?;
+        if next_port < table::FIRST_HOST_PORT {
+            return Err(StateError::Value { what: "a port of the host" });
+        }
+        self.counters.next_port.store(next_port, Ordering::Relaxed);
         self.counters.reset_due.store(due, Ordering::Relaxed);
         Ok(())
     }

@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
@@ -30,7 +30,7 @@ pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// How often deadlines are looked at while there are any.
 const TICK: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 /// First host port of connections from the host; below are those that guests connect to by convention.
-const FIRST_HOST_PORT: u32 = 1 << 30;
+pub(super) const FIRST_HOST_PORT: u32 = 1 << 30;
 
 /// Names in the event set.
 pub(super) const TX_KICK: u64 = 0;
@@ -41,12 +41,14 @@ pub(super) const EVENT_KICK: u64 = 4;
 const FIRST_CONNECTION: u64 = 16;
 
 /// What is counted since the device was made.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Counters {
     /// Connections that there are just now.
     pub(super) open: AtomicU64,
     /// The driver believes in connections that are gone.
     pub(super) reset_due: AtomicBool,
+    /// Host port of the next connection from the host: none is used again while a driver may remember it.
+    pub(super) next_port: AtomicU32,
     pub(super) connections: AtomicU64,
     pub(super) refused: AtomicU64,
     pub(super) bytes_to_guest: AtomicU64,
@@ -54,6 +56,23 @@ pub(super) struct Counters {
     pub(super) packets_to_guest: AtomicU64,
     pub(super) packets_from_guest: AtomicU64,
     pub(super) bad_packets: AtomicU64,
+}
+
+impl Default for Counters {
+    fn default() -> Self {
+        Self {
+            open: AtomicU64::new(0),
+            reset_due: AtomicBool::new(false),
+            next_port: AtomicU32::new(FIRST_HOST_PORT),
+            connections: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+            bytes_to_guest: AtomicU64::new(0),
+            bytes_from_guest: AtomicU64::new(0),
+            packets_to_guest: AtomicU64::new(0),
+            packets_from_guest: AtomicU64::new(0),
+            bad_packets: AtomicU64::new(0),
+        }
+    }
 }
 
 impl Counters {
@@ -90,7 +109,6 @@ pub(super) struct HostSide {
     connections: HashMap<u64, Connection>,
     by_key: HashMap<Key, u64>,
     next_id: u64,
-    next_port: u32,
     /// Connections that have something for the guest, each once.
     ready: VecDeque<u64>,
 }
@@ -126,7 +144,6 @@ impl HostSide {
             connections: HashMap::new(),
             by_key: HashMap::new(),
             next_id: FIRST_CONNECTION,
-            next_port: FIRST_HOST_PORT,
             ready: VecDeque::new(),
         };
         side.watch(&side.timer, TIMER)?;
@@ -224,8 +241,10 @@ impl HostSide {
     /// The host's line named `port`: asks the guest.
     pub(super) fn request(&mut self, id: u64, port: u32) {
         let key = loop {
-            let key = Key { guest_port: port, host_port: self.next_port };
-            self.next_port = self.next_port.checked_add(1).unwrap_or(FIRST_HOST_PORT);
+            let host_port = self.counters.next_port.load(Ordering::Relaxed);
+            let key = Key { guest_port: port, host_port };
+            let next = host_port.checked_add(1).unwrap_or(FIRST_HOST_PORT);
+            self.counters.next_port.store(next, Ordering::Relaxed);
             if !self.by_key.contains_key(&key) {
                 break key;
             }

@@ -24,6 +24,8 @@ use crate::device::{ActiveQueue, GuestMem, VirtioDevice};
 use crate::mock::{CountingInterrupt, Driver, memory};
 
 const CID: u64 = 3;
+/// State of a device that has had no connections.
+const FRESH: &[u8] = &[0, 0, 0, 0, 0x40];
 const RX_BUFFERS: u64 = 0x10_0000;
 const RX_BUFFER_BYTES: u32 = 3000;
 const TX_BUFFERS: u64 = 0x40_0000;
@@ -51,7 +53,7 @@ struct Machine<'m> {
 
 impl<'m> Machine<'m> {
     fn new(mem: &'m GuestMem) -> Self {
-        Self::going_on(mem, &[0], None)
+        Self::going_on(mem, FRESH, None)
     }
 
     /// From the device's state, with an event queue if there is to be one.

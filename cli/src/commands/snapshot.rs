@@ -26,6 +26,9 @@ pub(crate) async fn snapshot(verb: SnapshotVerb) -> Result<i32, CliError> {
     let home = context::home()?;
     match verb {
         SnapshotVerb::Create { container, name } => {
+            if let Some(name) = &name {
+                home.check_new_snapshot(name)?;
+            }
             let draft = home.find(&container)?.save().await?;
             output::line(draft.keep(name.as_deref().unwrap_or(""))?.name());
         }

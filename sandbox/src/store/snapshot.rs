@@ -258,17 +258,11 @@ impl Draft {
     pub fn keep(self, name: &str) -> Result<Snapshot, SandboxError> {
         let Self { home, mut snapshot, space } = self;
         let _lock = home.lock()?;
-        let taken = |name: &str| home.snapshots_dir().join(name).exists();
         let name = match name {
-            "" => names::new_name(&taken),
-            name => {
-                check_snapshot_name(name)?;
-                name.to_owned()
-            }
+            "" => names::new_name(&|name| home.snapshots_dir().join(name).exists()),
+            name => name.to_owned(),
         };
-        if taken(&name) {
-            return Err(SandboxError::SnapshotExists(name));
-        }
+        home.check_new_snapshot(&name)?;
         snapshot.record.name.clone_from(&name);
         write_json(&space.dir.join(RECORD), &snapshot.record)?;
         snapshot.dir = home.snapshots_dir().join(&name);
@@ -318,6 +312,16 @@ impl Home {
     pub fn snapshot(&self, name: &str) -> Result<Snapshot, SandboxError> {
         check_snapshot_name(name).map_err(|_| SandboxError::NoSuchSnapshot(name.to_owned()))?;
         Snapshot::load(self.snapshots_dir().join(name), name)
+    }
+
+    /// Checks that a snapshot can be kept by this name.
+    ///
+    /// # Errors
+    /// [`SandboxError::SnapshotExists`], [`SandboxError::Config`] for a bad name.
+    pub fn check_new_snapshot(&self, name: &str) -> Result<(), SandboxError> {
+        check_snapshot_name(name)?;
+        let taken = self.snapshots_dir().join(name).exists();
+        if taken { Err(SandboxError::SnapshotExists(name.to_owned())) } else { Ok(()) }
     }
 
     /// Removes a snapshot. Containers that go on from it keep what they have of it.

@@ -123,11 +123,15 @@ impl Cgroup {
     /// Freezes or thaws everything in it, and waits until that is so.
     ///
     /// # Errors
-    /// It does not settle in time.
+    /// It does not settle in time; what does not freeze is thawed again.
     pub(crate) async fn freeze(&self, frozen: bool) -> Result<(), AgentError> {
         let digit = if frozen { "1" } else { "0" };
         self.write("cgroup.freeze", digit)?;
-        self.until("frozen", digit).await
+        let settled = self.until("frozen", digit).await;
+        if settled.is_err() && frozen {
+            self.write("cgroup.freeze", "0")?;
+        }
+        settled
     }
 
     /// Waits until nothing is in it.

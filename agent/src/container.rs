@@ -11,12 +11,13 @@ use rustix::process::{Pid, PidfdFlags};
 use crate::cgroup::{self, Cgroup};
 use crate::error::{AgentError, ErrorKind, Tried};
 use crate::events::{Event, Events};
-use crate::plan::{CreatePlan, ExecPlan, Plan, ProcessPlan};
+use crate::plan::{CreatePlan, ExecPlan, File, Plan, ProcessPlan, RenewPlan};
 use crate::process::Process;
 use crate::reaper::Reaper;
 use crate::sockets::HostSocket;
 use crate::spawn::Spawned;
-use crate::stdio::Connections;
+use crate::stdio::{ChildStdio, Connections, Ends};
+use crate::{listing, sys};
 
 /// Most processes of a container that were made by request and are remembered; the oldest that have ended make room.
 const MAX_PROCESSES: usize = 512;
@@ -147,7 +148,7 @@ impl Container {
         if self.first()?.is_ended() {
             return Err(AgentError::state(format!("container {} is not running", self.id)));
         }
-        if self.paused.load(Ordering::SeqCst) {
+        if self.is_paused() {
             return Err(cgroup::is_frozen(&self.id));
         }
         Ok(())
@@ -212,6 +213,40 @@ impl Container {
             self.paused.store(!paused, Ordering::SeqCst);
         }
         result
+    }
+
+    /// Makes it another one, in a machine that goes on from one that was saved: processes that were added and had connections are killed,
+    /// with what they have started; the first one lets go of its own; names and files are those given.
+    ///
+    /// # Errors
+    /// It is not paused, or what of it failed.
+    pub(crate) async fn renew(
+        &self,
+        reaper: &Reaper,
+        hostname: String,
+        files: Vec<File>,
+    ) -> Result<(), AgentError> {
+        if !self.is_paused() {
+            return Err(AgentError::state(format!("container {} is not paused", self.id)));
+        }
+        let attached: Vec<_> = {
+            let processes = self.lock()?;
+            let added = processes.by_id.iter().filter(|(id, process)| !id.is_empty() && !process.is_ended());
+            added.filter(|(_, process)| process.lines().any()).map(|(_, process)| process.pid()).collect()
+        };
+        for pid in listing::with_descendants(self, &attached)? {
+            // It is frozen, so this is it; one that has ended needs none.
+            let _ = sys::kill(pid, libc::SIGKILL);
+        }
+        self.first()?.lines().let_go().await;
+        let plan = Plan::Renew(RenewPlan { pidfd: self.pidfd.as_raw_fd(), hostname, files });
+        let renewing = Spawned::start(reaper, &plan, ChildStdio::null(), &[self.pidfd.as_fd()]).await?;
+        renewing.answer().await.map(drop)
+    }
+
+    /// Whether it is frozen.
+    pub(crate) fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::SeqCst)
     }
 
     /// Kills everything in it and waits until all of it is gone, streams too.
@@ -285,12 +320,12 @@ impl Processes {
     }
 }
 
-type Split = (Option<Connections>, crate::stdio::ChildStdio, crate::stdio::Ends);
+type Split = (Option<Connections>, ChildStdio, Ends);
 
 /// With a terminal the connections wait for it, and the child program starts with /dev/null.
 fn split(connections: Connections, terminal: bool) -> Result<Split, AgentError> {
     if terminal {
-        return Ok((Some(connections), crate::stdio::ChildStdio::null(), crate::stdio::Ends::default()));
+        return Ok((Some(connections), ChildStdio::null(), Ends::default()));
     }
     let (stdio, ends) = connections.pipes()?;
     Ok((None, stdio, ends))

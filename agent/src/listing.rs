@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use hyper_protocol::rpc::agent::ProcessInfo;
+use rustix::process::Pid;
 
 use crate::child::path::read_in;
 use crate::child::user::{Databases, MAX_DATABASE_BYTES};
@@ -62,6 +63,33 @@ pub(crate) fn list(container: &Container) -> Result<Vec<ProcessInfo>, AgentError
         ..ProcessInfo::default()
     });
     Ok(infos.collect())
+}
+
+/// Processes of a container, and what they have started, and so on.
+///
+/// # Errors
+/// Its cgroup is gone.
+pub(crate) fn with_descendants(container: &Container, first: &[Pid]) -> Result<Vec<Pid>, AgentError> {
+    let parent_of = |pid: Pid| {
+        let stat = std::fs::read(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
+        Some((pid, parse_stat(&String::from_utf8_lossy(&stat))?.ppid))
+    };
+    let parents: Vec<(Pid, u32)> =
+        container.cgroup().processes()?.into_iter().filter_map(parent_of).collect();
+    Ok(descendants(first, &parents))
+}
+
+/// `first`, and whoever of `parents` (each with its parent) comes from them.
+fn descendants(first: &[Pid], parents: &[(Pid, u32)]) -> Vec<Pid> {
+    let mut found = first.to_vec();
+    let mut at = 0;
+    while let Some(parent) = found.get(at).map(|pid| pid.as_raw_nonzero().get().unsigned_abs()) {
+        let children = parents.iter().filter(|(_, ppid)| *ppid == parent).map(|(pid, _)| *pid);
+        let new: Vec<Pid> = children.filter(|pid| !found.contains(pid)).collect();
+        found.extend(new);
+        at = at.saturating_add(1);
+    }
+    found
 }
 
 /// Reads /proc/pid/stat. The name is in parentheses and may hold any of them.
@@ -166,5 +194,16 @@ mod tests {
         assert_eq!(command_line(b"", "kthread"), "[kthread]");
         assert_eq!(boot_unix_ns("cpu 1\nbtime 100\n"), 100_000_000_000);
         assert_eq!(started(100_000_000_000, 150), 101_500_000_000);
+    }
+
+    #[test]
+    fn descendants_are_found_whatever_the_order() {
+        let pid = |n| Pid::from_raw(n).unwrap();
+        let parents = [(pid(9), 7), (pid(5), 1), (pid(7), 6), (pid(6), 1), (pid(8), 5)];
+        assert_eq!(descendants(&[pid(6)], &parents), [pid(6), pid(7), pid(9)]);
+        assert_eq!(descendants(&[pid(5), pid(6)], &parents).len(), 5);
+        assert_eq!(descendants(&[], &parents), []);
+        // A process that is its own parent ends all the same.
+        assert_eq!(descendants(&[pid(2)], &[(pid(2), 2)]), [pid(2)]);
     }
 }

@@ -41,6 +41,8 @@ pub(crate) enum Plan {
     WriteArchive(ArchivePlan),
     /// Say what a path is.
     StatPath(ArchivePlan),
+    /// Give a container other names and files.
+    Renew(RenewPlan),
 }
 
 /// A container to make.
@@ -192,6 +194,15 @@ pub(crate) struct File {
     pub mode: u32,
 }
 
+/// A container that is to be another one.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct RenewPlan {
+    /// Inherited descriptor: pidfd of the container's first process.
+    pub pidfd: i32,
+    pub hostname: String,
+    pub files: Vec<File>,
+}
+
 /// A path in a container's root.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct ArchivePlan {
@@ -219,6 +230,8 @@ pub(crate) enum Report {
     ExecFailed { exit_code: u32, error: String },
     /// An archive was written or unpacked.
     Archived { bytes: u64 },
+    /// A container has other names and files.
+    Renewed,
     /// What a path is.
     Stat { name: String, size: u64, mode: u32, mtime_unix_ns: i64, link_target: String },
 }

@@ -18,7 +18,7 @@ use crate::error::{AgentError, Tried};
 use crate::plan::Window;
 use crate::reaper::{Exit, Reaper};
 use crate::spawn::{CreatedProcess, ExecFailure, Spawned};
-use crate::stdio::{Connections, Ends, Pumps};
+use crate::stdio::{Connections, Ends, Lines, Pumps};
 use crate::sys;
 
 /// How a process ended, for the supervisor.
@@ -36,6 +36,8 @@ pub(crate) struct Process {
     /// To start it with; taken by the first start.
     waiting: Mutex<Option<Spawned>>,
     terminal: Option<OwnedFd>,
+    /// Of its streams.
+    lines: Lines,
     /// It was reaped: its pid may belong to another one now.
     reaped: AtomicBool,
     ended: watch::Receiver<Option<Ended>>,
@@ -58,12 +60,13 @@ impl Process {
             (Some(master), Some(connections)) => connections.terminal(master)?,
             _ => ends,
         };
-        let pumps = ends.start();
+        let (pumps, lines) = ends.start();
         let (sender, ended) = watch::channel(None);
         let process = Arc::new(Self {
             pid: created.pid,
             waiting: Mutex::new(Some(created.spawned)),
             terminal: created.terminal,
+            lines,
             reaped: AtomicBool::new(false),
             ended,
         });
@@ -90,6 +93,11 @@ impl Process {
     /// Its pid in the agent's namespace.
     pub(crate) fn pid(&self) -> Pid {
         self.pid
+    }
+
+    /// Of its streams: there are some when somebody is connected to it.
+    pub(crate) fn lines(&self) -> &Lines {
+        &self.lines
     }
 
     /// Whether it has ended.

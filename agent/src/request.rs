@@ -194,7 +194,11 @@ fn volume(mount: Mount) -> Result<Volume, AgentError> {
     Ok(Volume { destination: mount.destination, source, read_only: mount.read_only, copy_up: mount.copy_up })
 }
 
-fn files(files: Vec<InjectedFile>) -> Result<Vec<File>, AgentError> {
+/// Checks files that are put into a container.
+///
+/// # Errors
+/// Too many, too long, or not at an absolute path.
+pub(crate) fn files(files: Vec<InjectedFile>) -> Result<Vec<File>, AgentError> {
     if files.len() > MAX_FILES {
         return Err(AgentError::limit("injected files", MAX_FILES));
     }

@@ -52,6 +52,15 @@ pub(crate) struct Sandbox {
     pub end: Notify,
 }
 
+/// Which time it is that a sandbox is configured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Configured {
+    /// The machine is new.
+    First,
+    /// The machine goes on from one that was saved with containers.
+    Again,
+}
+
 #[derive(Debug)]
 enum Slot {
     /// Being made or removed.
@@ -107,12 +116,17 @@ impl Sandbox {
     /// Marks the sandbox as configured.
     ///
     /// # Errors
-    /// It was already.
-    pub(crate) fn configure_once(&self) -> Result<(), AgentError> {
-        if self.configured.swap(true, Ordering::SeqCst) {
+    /// It was already, and does not go on from a machine that was saved: then its containers would be paused.
+    pub(crate) fn configure(&self) -> Result<Configured, AgentError> {
+        if !self.configured.swap(true, Ordering::SeqCst) {
+            return Ok(Configured::First);
+        }
+        let containers = self.lock()?;
+        let paused = |slot: &Slot| matches!(slot, Slot::Ready(container) if container.is_paused());
+        if containers.is_empty() || !containers.values().all(paused) {
             return Err(AgentError::state("the sandbox is configured already"));
         }
-        Ok(())
+        Ok(Configured::Again)
     }
 
     /// Prepares for containers, once: cgroups and the folders that their roots are built in.
@@ -358,8 +372,8 @@ mod tests {
     #[test]
     fn configuring_happens_once() {
         let sandbox = Sandbox::default();
-        assert!(sandbox.configure_once().is_ok());
-        assert!(sandbox.configure_once().is_err());
+        assert_eq!(sandbox.configure().unwrap(), Configured::First);
+        assert!(sandbox.configure().is_err());
         assert!(set_clock(0).is_err());
         assert!(add_entropy(&[0; 31]).is_err());
     }

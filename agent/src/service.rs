@@ -8,9 +8,10 @@ use hyper_protocol::rpc::agent::{
     ArchiveRequest, ArchiveResponse, ConfigureNetworkRequest, ConfigureRequest, ConfigureResponse,
     ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateContainerResponse, CreateProcessRequest,
     CreateProcessResponse, Empty, ExitStatus, ListProcessesResponse, NextEventsRequest, NextEventsResponse,
-    PathStat, ProcessRef, ResizeTerminalRequest, SandboxEvent, SetClockRequest, SetProcessorsRequest,
-    SignalProcessRequest, StartProcessResponse, StatPathRequest, StatsResponse, TakeSpansRequest,
-    TakeSpansResponse, UnpackImageRequest, UnpackImageResponse, UpdateContainerRequest, sandbox_event,
+    PathStat, ProcessRef, RenewContainerRequest, ResizeTerminalRequest, SandboxEvent, SetClockRequest,
+    SetProcessorsRequest, SignalProcessRequest, StartProcessResponse, StatPathRequest, StatsResponse,
+    TakeSpansRequest, TakeSpansResponse, UnpackImageRequest, UnpackImageResponse, UpdateContainerRequest,
+    sandbox_event,
 };
 use hyper_protocol::rpc::agent_ttrpc::Agent;
 use ttrpc::r#async::TtrpcContext;
@@ -24,7 +25,7 @@ use crate::net;
 use crate::plan::{ArchivePlan, Plan, Report};
 use crate::process::Process;
 use crate::request;
-use crate::sandbox::{self, Direction, Sandbox};
+use crate::sandbox::{self, Configured, Direction, Sandbox};
 use crate::spec::{ResourceSpec, Spec};
 use crate::stdio::Connections;
 use crate::trace::Steps;
@@ -73,15 +74,13 @@ impl AgentService {
     }
 
     async fn set_up(&self, request: ConfigureRequest) -> Result<ConfigureResponse, AgentError> {
-        self.sandbox.configure_once()?;
+        let configured = self.sandbox.configure()?;
         let mut steps = Steps::default();
         steps.next("clock and entropy");
         sandbox::set_clock(request.time_unix_ns)?;
         sandbox::add_entropy(&request.entropy)?;
         let hostname = &request.hostname;
-        if hostname.len() > MAX_HOSTNAME_BYTES {
-            return Err(AgentError::limit("bytes of a host name", MAX_HOSTNAME_BYTES));
-        }
+        check_hostname(hostname)?;
         if !hostname.is_empty() {
             rustix::system::sethostname(hostname.as_bytes())
                 .tried(|| format!("set hostname {hostname:?}"))?;
@@ -90,16 +89,18 @@ impl AgentService {
             return Err(AgentError::limit("sysctls", MAX_SYSCTLS));
         }
         steps.next("sysctls");
-        for (name, value) in sysctl::DEFAULTS {
-            // A kernel built without one of these needs no default for it.
-            let _ = sysctl::set(name, value);
+        if configured == Configured::First {
+            for (name, value) in sysctl::DEFAULTS {
+                // A kernel built without one of these needs no default for it.
+                let _ = sysctl::set(name, value);
+            }
         }
         for (name, value) in &request.sysctls {
             sysctl::set(name, value)?;
         }
         steps.next("network");
         net::configure::apply(&request.interfaces, &request.routes)?;
-        if request.dns_proxy {
+        if request.dns_proxy && configured == Configured::First {
             net::dns::start().await?;
         }
         steps.next("cgroups and folders");
@@ -174,6 +175,17 @@ impl AgentService {
         Ok(process.pid().as_raw_nonzero().get().unsigned_abs())
     }
 
+    async fn renew(&self, request: RenewContainerRequest) -> Result<(), AgentError> {
+        let container = self.sandbox.container(&request.container_id)?;
+        check_hostname(&request.hostname)?;
+        let files = request::files(request.files)?;
+        container.renew(&self.sandbox.reaper, request.hostname, files).await?;
+        let ids = [request.stdio.stdin, request.stdio.stdout, request.stdio.stderr];
+        let connections = Connections::claim(&self.sandbox.streams, ids).await?;
+        container.first()?.lines().take(connections).await;
+        Ok(())
+    }
+
     async fn begin(&self, process: ProcessRef) -> Result<StartProcessResponse, AgentError> {
         let process = self.process(&process.container_id, &process.process_id)?;
         let failure = process.start().await?;
@@ -238,6 +250,13 @@ impl AgentService {
             other => Err(unexpected(&other)),
         }
     }
+}
+
+fn check_hostname(hostname: &str) -> Result<(), AgentError> {
+    if hostname.len() > MAX_HOSTNAME_BYTES {
+        return Err(AgentError::limit("bytes of a host name", MAX_HOSTNAME_BYTES));
+    }
+    Ok(())
 }
 
 fn unexpected(report: &Report) -> AgentError {
@@ -354,6 +373,10 @@ impl Agent for AgentService {
         // The kernel waits for each of them.
         let set = tokio::task::spawn_blocking(move || processors::set_online(r.online)).await;
         done(set.unwrap_or_else(|_| Err(AgentError::state("the thread has ended"))))
+    }
+
+    async fn renew_container(&self, _: &TtrpcContext, r: RenewContainerRequest) -> ttrpc::Result<Empty> {
+        done(self.renew(r).await)
     }
 
     async fn delete_container(&self, c: &TtrpcContext, r: ContainerRef) -> ttrpc::Result<Empty> {

@@ -39,17 +39,24 @@ pub(crate) fn audit() -> AuditLog {
     AuditLog::of(&Dirs::from_env())
 }
 
-/// Images that containers use: the store must keep them.
+/// Images that containers and snapshots use: the store must keep them.
 ///
 /// # Errors
-/// When the containers cannot be read.
+/// When containers or snapshots cannot be read.
 pub(crate) fn used_images(home: &Home) -> Result<Used, CliError> {
     let mut used = Used::default();
     for container in home.containers()? {
         let config = container.config();
         used.disks.insert(config.image.disk.clone());
         if let Ok(id) = Digest::parse(&config.image.id) {
-            used.images.insert(id, container.name().to_owned());
+            used.images.insert(id, format!("container {}", container.name()));
+        }
+    }
+    for snapshot in home.snapshots()? {
+        let image = &snapshot.saved_config().image;
+        used.disks.insert(image.disk.clone());
+        if let Ok(id) = Digest::parse(&image.id) {
+            used.images.entry(id).or_insert_with(|| format!("snapshot {}", snapshot.name()));
         }
     }
     Ok(used)

@@ -69,14 +69,12 @@ pub enum ImageError {
         count: usize,
     },
     /// The image cannot be removed because a container uses it.
-    #[error(
-        "conflict: unable to remove \"{query}\" (must be forced): container {container} is using image {id}"
-    )]
+    #[error("conflict: unable to remove \"{query}\" (must be forced): {user} is using image {id}")]
     InUse {
         /// What was asked for.
         query: String,
-        /// A container that uses it.
-        container: String,
+        /// Who uses it, such as `container web`.
+        user: String,
         /// Short image id.
         id: String,
     },

@@ -22,7 +22,7 @@ pub mod rpc {
 }
 
 /// Version of everything in this crate; host and guest must agree on it.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// Guest port of the RPC.
 pub const RPC_PORT: u32 = 1024;

@@ -27,6 +27,25 @@ pub enum SandboxError {
         /// Short id of one container that names it.
         container: String,
     },
+    /// No snapshot has this name.
+    #[error("no such snapshot: {0}")]
+    NoSuchSnapshot(String),
+    /// Another snapshot has the name.
+    #[error("there is a snapshot {0} already: remove it, or give another name")]
+    SnapshotExists(String),
+    /// What a saved container was made of is not what there is now.
+    #[error(
+        "what was saved of {0} cannot go on: kernel, agent or hyper-vmm are others now, or this host was started again"
+    )]
+    Stale(String),
+    /// A container that cannot be saved.
+    #[error("container {container} cannot be saved: {why}")]
+    Unsavable {
+        /// Its name.
+        container: String,
+        /// What stands in the way.
+        why: String,
+    },
     /// Another container has the name.
     #[error(
         "the container name \"{name}\" is already in use by container {id}: remove or rename that container to reuse the name"

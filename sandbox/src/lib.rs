@@ -49,8 +49,8 @@ pub use network::NetworkError;
 pub use state::{BootTimeline, ContainerState, NetworkState, ResolvedPort, Status};
 pub use storage::StorageError;
 pub use store::{
-    ArchiveInOptions, ArchiveReader, Container, ContainerStats, ExecConfig, Home, Jailed, NetworkCounters,
-    PathStat, Process, RemoveOptions, Volume, WaitCondition,
+    ArchiveInOptions, ArchiveReader, Container, ContainerStats, Draft, ExecConfig, Home, Jailed,
+    NetworkCounters, PathStat, Process, RemoveOptions, Snapshot, Volume, WaitCondition,
 };
 pub use stream::{AttachInput, AttachOptions, AttachOutput, Attached, FrameError, Output, TerminalSize};
 pub use supervisor::supervise;

@@ -62,7 +62,7 @@ fn stop_signal_is_the_containers() {
 }
 
 #[test]
-fn kill_is_137() {
+pub(crate) fn kill_is_137() {
     let container = detached("@busybox sleep 1000");
     container.call("kill").ok();
     assert_eq!(container.wait(), "137");
@@ -99,7 +99,7 @@ fn restart_policy_brings_it_back() {
 }
 
 #[test]
-fn cp_goes_both_ways() {
+pub(crate) fn cp_goes_both_ways() {
     let scratch = Scratch::new();
     let file = scratch.file("file", "copied");
     let container = detached("@busybox sleep 1000");
@@ -134,7 +134,7 @@ fn create_then_start_attached() {
 }
 
 #[test]
-fn rm_refuses_what_runs() {
+pub(crate) fn rm_refuses_what_runs() {
     let container = detached("@busybox sleep 1000");
     container.call("rm").fails(1).complains(&["running"]);
     container.call("rm -f").ok();

@@ -1,6 +1,6 @@
 //! What a container sees of its machine agrees with what it was given.
 
-use hyper_tests::{Container, hyper, note};
+use hyper_tests::{Container, Run, hyper, note};
 
 /// Total memory in MiB as the guest's kernel says it.
 const TOTAL: &str = "awk '/MemTotal/ {print int($2/1024)}' /proc/meminfo";
@@ -44,18 +44,25 @@ const CLOCK_ERROR_MS: f64 = 50.0;
 
 #[test]
 pub(crate) fn clock_is_the_hosts() {
+    clock_of(hyper("run --rm -i @debian bash -c"));
+}
+
+/// Asks the clock of a guest by a command that runs a script in its bash.
+pub(crate) fn clock_of(bash: Run) {
     let now_ms = || {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
-        now.as_secs_f64() * 1000.0
+        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        since.map_or(f64::NAN, |now| now.as_secs_f64() * 1000.0)
     };
     // The guest reads its clock between the question and the answer; so each bounds the error from both sides, and all of them together do.
     let (mut least, mut most) = (f64::NEG_INFINITY, f64::INFINITY);
     let script = "while read line; do echo $EPOCHREALTIME; done";
-    hyper("run --rm -i @debian bash -c").arg(script).talking(|ask| {
+    bash.arg(script).talking(|ask| {
         for _ in 0..200 {
             let before = now_ms();
-            let guest = ask("?").parse::<f64>().unwrap() * 1000.0;
+            let answer = ask("?");
             let after = now_ms();
+            let guest = answer.parse::<f64>().map_or(f64::NAN, |seconds| seconds * 1000.0);
+            assert!(guest.is_finite(), "{answer:?}");
             (least, most) = (least.max(guest - after), most.min(guest - before));
         }
     });

@@ -11,6 +11,7 @@ mod crictl;
 mod docker;
 mod erofs;
 mod faults;
+mod fork;
 mod growth;
 mod images;
 mod injected;

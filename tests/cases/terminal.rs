@@ -54,7 +54,7 @@ fn detach_keys_leave_it_running() {
 }
 
 #[test]
-fn exec_has_a_terminal_too() {
+pub(crate) fn exec_has_a_terminal_too() {
     let container = hyper_tests::detached("@busybox sleep 1000");
     let terminal = Terminal::start(&format!("exec -it {} sh", container.id));
     terminal.wait_for("#");

@@ -1,8 +1,26 @@
 //! A detached container that is removed when its case ends, however it ends.
 
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::program::{Done, Run, hyper};
+
+/// How the containers of a case come to be, when it is not by a start of their own.
+static ORIGIN: OnceLock<fn(&Container) -> Container> = OnceLock::new();
+
+/// Runs a case whose detached containers are all forks of the ones that it starts, which are gone.
+pub fn from_fork(case: fn()) {
+    // Each case has a process of its own, and is run once in it.
+    ORIGIN.get_or_init(|| Container::forked);
+    case();
+}
+
+/// Runs a case whose detached containers all go on from snapshots of the ones that it starts, which are gone.
+pub fn from_snapshot(case: fn()) {
+    ORIGIN.get_or_init(|| Container::restored);
+    case();
+}
 
 /// A detached container; removed by force when dropped.
 #[derive(Debug)]
@@ -21,7 +39,28 @@ impl Container {
     /// Runs a `hyper run -d` or `hyper create` that prints the id.
     #[must_use]
     pub fn from(run: Run) -> Self {
-        Self { id: run.ok().text() }
+        let made = Self { id: run.ok().text() };
+        match ORIGIN.get() {
+            Some(origin) => origin(&made),
+            None => made,
+        }
+    }
+
+    /// A copy of it that goes on where it is.
+    #[must_use]
+    pub fn forked(&self) -> Self {
+        Self { id: self.call("fork").ok().text() }
+    }
+
+    /// A container that goes on from a snapshot of it, which is gone.
+    #[must_use]
+    pub fn restored(&self) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("of-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        hyper("snapshot create").args(&[&self.id, &name]).ok().says(&name);
+        let restored = Self { id: hyper("run -d --from-snapshot").arg(&name).ok().text() };
+        hyper("snapshot rm").arg(&name).ok().says(&name);
+        restored
     }
 
     /// `hyper <verb> <id>`.

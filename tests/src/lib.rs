@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 
 pub use cluster::{NODE, Node, documented};
 pub use collector::{Collector, Span, hanging_collector};
-pub use container::{Container, detached};
+pub use container::{Container, detached, from_fork, from_snapshot};
 pub use containerd::{
     CONFIGURED_HANDLERS, Containerd, Events, HANDLER, RUNTIME, Release, SANDBOX_HANDLER, image_name,
 };

@@ -123,7 +123,12 @@ impl Machine {
     }
 
     /// Writes the machine to files. Only while all processors are paused, and on the event loop's thread: nothing is under way then.
-    pub(crate) fn save(&self, snapshot: SnapshotFds, mut fds: Descriptors) -> Result<(), BuildError> {
+    pub(crate) fn save(
+        &self,
+        snapshot: SnapshotFds,
+        limit_ms: u32,
+        mut fds: Descriptors,
+    ) -> Result<(), BuildError> {
         let state = File::from(fds.take(snapshot.state, "the machine's state")?);
         let memory = File::from(fds.take(snapshot.memory, "the machine's memory")?);
         if self.memory.is_some() || self.vcpus.count() > self.shape.vcpus() {
@@ -137,7 +142,7 @@ impl Machine {
         let windows = self.windows.iter().map(save).collect::<Result<_, _>>().map_err(SnapshotError::from)?;
         let (vcpus, machine) = self.vcpus.save(&self.kvm)?;
         let ports = self.vcpus.save_ports();
-        memory::save(&self.mem, &memory)?;
+        memory::save(&self.mem, &memory, limit_ms)?;
         Ok(Saved { machine, vcpus, ports, windows }.write(&self.shape, &state)?)
     }
 

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use hyper_vmm_devices::device::GuestMem;
 use rustix::fs::{
@@ -134,8 +135,9 @@ pub(crate) fn map_private(
 /// Writes memory to an empty file: region after region, holes where there are zeroes.
 ///
 /// # Errors
-/// What the file system answers.
-pub(crate) fn save(mem: &GuestMemoryMmap, to: &File) -> Result<(), SnapshotError> {
+/// What the file system answers, and [`SnapshotError::Late`] when it takes longer than `limit_ms`.
+pub(crate) fn save(mem: &GuestMemoryMmap, to: &File, limit_ms: u32) -> Result<(), SnapshotError> {
+    let begun = Instant::now();
     let failed = || io_error("write the machine's memory");
     to.set_len(mem.iter().map(GuestMemoryRegion::len).sum()).map_err(failed())?;
     let mut buffer = vec![0; SAVED_AT_ONCE];
@@ -144,6 +146,9 @@ pub(crate) fn save(mem: &GuestMemoryMmap, to: &File) -> Result<(), SnapshotError
         for (start, end) in data_ranges(region).map_err(failed())? {
             let mut at = start;
             while at < end {
+                if begun.elapsed() > Duration::from_millis(limit_ms.into()) {
+                    return Err(SnapshotError::Late(limit_ms));
+                }
                 let count = SAVED_AT_ONCE.min(usize::try_from(end - at).unwrap_or(usize::MAX));
                 let part = buffer.get_mut(..count).unwrap_or_default();
                 let from = GuestAddress(region.start_addr().0 + at);
@@ -264,7 +269,9 @@ mod tests {
         mem.write_slice(&[0; 1 << 20], GuestAddress(8 << 20)).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("memory");
-        save(mem, &File::create(&path).unwrap()).unwrap();
+        let late = save(mem, &File::create(dir.path().join("late")).unwrap(), 0);
+        assert!(matches!(late, Err(SnapshotError::Late(0))), "{late:?}");
+        save(mem, &File::create(&path).unwrap(), 60_000).unwrap();
         let on_disk = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&path).unwrap()) * 512;
         assert!(on_disk < 256 << 10, "{on_disk} bytes for a few pages");
 
@@ -281,7 +288,7 @@ mod tests {
         }
         // Saved once more, from a mapping that is a file's and its own.
         let again = dir.path().join("again");
-        save(&clones[0], &File::create(&again).unwrap()).unwrap();
+        save(&clones[0], &File::create(&again).unwrap(), 60_000).unwrap();
         let third = map_private(32, ranges, File::open(&again).unwrap()).unwrap();
         for at in [places[2], in_a_hole] {
             let mut found = [0; 5];

@@ -172,8 +172,8 @@ impl Controller {
             Request::Save { .. } if self.state == RunState::Running => {
                 self.reply(Err("this machine runs: pause it first".to_owned()), ops);
             }
-            Request::Save { snapshot } => {
-                let saved = self.machine.save(snapshot, fds);
+            Request::Save { snapshot, limit_ms } => {
+                let saved = self.machine.save(snapshot, limit_ms, fds);
                 self.reply(saved.map(|()| Reply::Done).map_err(|e| log::chain(&e)), ops);
             }
             Request::Metrics => self.serve_metrics(ops),

@@ -19,7 +19,7 @@ use hyper_vmm_spec::{DeviceSpec, VmSpec};
 
 const MAGIC: &[u8; 8] = b"HYPRSNAP";
 /// Changed whenever the meaning of a byte changes, in here or in a device.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER_BYTES: usize = 24;
 /// Longest body: 32 vCPUs of 12 KiB each and 19 windows of a few hundred bytes fit eight times.
 const MAX_BODY_BYTES: usize = 4 << 20;
@@ -47,6 +47,8 @@ pub(crate) enum SnapshotError {
     Unsaved(&'static str),
     #[error("the saved memory is {found} bytes long, not {wanted}")]
     MemoryLength { found: u64, wanted: u64 },
+    #[error("writing the machine's memory takes longer than {0} ms")]
+    Late(u32),
     #[error("the saved memory is not open for reading only")]
     MemoryMode,
     #[error(transparent)]

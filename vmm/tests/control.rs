@@ -179,7 +179,7 @@ fn a_damaged_snapshot_is_called_damaged() {
         memory.set_len(mib << 20).unwrap();
         memory
     };
-    let empty = [b"HYPRSNAP".as_slice(), &1_u32.to_le_bytes(), &[0; 12]].concat();
+    let empty = [b"HYPRSNAP".as_slice(), &2_u32.to_le_bytes(), &[0; 12]].concat();
     let newer = [b"HYPRSNAP".as_slice(), &99_u32.to_le_bytes(), &[0; 12]].concat();
     for (state, word) in [
         (&b""[..], "cut short"),

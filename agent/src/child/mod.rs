@@ -11,6 +11,7 @@ pub(crate) mod init;
 mod launch;
 mod mounts;
 pub(crate) mod path;
+mod renew;
 pub(crate) mod rootfs;
 mod terminal;
 pub(crate) mod user;
@@ -64,6 +65,7 @@ fn run(control: &UnixStream, plan: Plan) -> Result<Outcome, AgentError> {
         Plan::ReadArchive(plan) => report(control, archive::read(&plan)?),
         Plan::WriteArchive(plan) => report(control, archive::write(&plan)?),
         Plan::StatPath(plan) => report(control, archive::stat(&plan)?),
+        Plan::Renew(plan) => report(control, renew::run(&plan)?),
     }
 }
 

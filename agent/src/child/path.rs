@@ -171,23 +171,23 @@ pub(crate) fn read_in(root: BorrowedFd<'_>, path: &str, max: usize) -> Result<Ve
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
 
-    struct Scratch(std::path::PathBuf);
+    pub(in crate::child) struct Scratch(std::path::PathBuf);
 
     impl Scratch {
-        fn new(name: &str) -> Self {
+        pub(in crate::child) fn new(name: &str) -> Self {
             let path = std::env::temp_dir().join(format!("hyper-agent-path-{name}-{}", std::process::id()));
             let _ = std::fs::remove_dir_all(&path);
             std::fs::create_dir_all(path.join("root")).unwrap();
             Self(path)
         }
-        fn root(&self) -> std::path::PathBuf {
+        pub(in crate::child) fn root(&self) -> std::path::PathBuf {
             self.0.join("root")
         }
-        fn open(&self) -> std::fs::File {
+        pub(in crate::child) fn open(&self) -> std::fs::File {
             std::fs::File::open(self.root()).unwrap()
         }
     }

@@ -70,14 +70,24 @@ pub(crate) fn apply_all(
 fn set_interface(socket: &Socket, interface: &Interface) -> Result<(), AgentError> {
     let name = &interface.name;
     check_name(name)?;
-    if interface.addresses.len() > MAX_ENTRIES {
+    if interface.addresses.len().max(interface.found_addresses.len()) > MAX_ENTRIES {
         return Err(AgentError::limit("addresses of an interface", MAX_ENTRIES));
     }
     let mac = parse_mac(&interface.mac)?;
     let index = if interface.found_mac.is_empty() {
         index_of(&mac)?
     } else {
-        let index = index_of(&parse_mac(&interface.found_mac)?)?;
+        // Whoever may change hardware addresses in the sandbox may have done so.
+        let index = index_of(&parse_mac(&interface.found_mac)?).or_else(|_| index_by_name(name))?;
+        let tried = || format!("free interface {} of what it was", interface.found_mac);
+        socket.request(Message::down(index)).tried(tried)?;
+        for address in &interface.found_addresses {
+            match socket.request(Message::no_address(index, Cidr::parse(address)?)) {
+                // It has lost it by itself, as IPv6's are when the interface goes off.
+                Ok(()) | Err(rustix::io::Errno::ADDRNOTAVAIL) => {}
+                Err(errno) => return Err(errno).tried(tried),
+            }
+        }
         socket
             .request(Message::hardware(index, octets_of(&mac)))
             .tried(|| format!("give interface {} the address {mac}", interface.found_mac))?;

@@ -15,6 +15,7 @@ const HEADER_BYTES: usize = 16;
 const NLMSG_ERROR: u16 = 2;
 const RTM_NEWLINK: u16 = 16;
 const RTM_NEWADDR: u16 = 20;
+const RTM_DELADDR: u16 = 21;
 const RTM_NEWROUTE: u16 = 24;
 const RTM_NEWNEIGH: u16 = 28;
 const NLM_F_REQUEST: u16 = 1;
@@ -101,6 +102,11 @@ impl Message {
         Self::link(index, 0, 0).attribute(IFLA_ADDRESS, &mac)
     }
 
+    /// Switches an interface off.
+    pub(super) fn down(index: u32) -> Self {
+        Self::link(index, 0, IFF_UP)
+    }
+
     /// Switches an interface on.
     pub(super) fn up(index: u32) -> Self {
         Self::link(index, IFF_UP, IFF_UP)
@@ -123,6 +129,14 @@ impl Message {
             Some(broadcast) => message.attribute(IFA_BROADCAST, &broadcast),
             None => message,
         }
+    }
+
+    /// Takes an address from an interface.
+    pub(super) fn no_address(index: u32, cidr: Cidr) -> Self {
+        let family = if cidr.address.is_ipv6() { AF_INET6 } else { AF_INET };
+        let mut fixed = vec![family, cidr.prefix, 0, 0];
+        fixed.extend_from_slice(&index.to_ne_bytes());
+        Self::new(RTM_DELADDR, 0, &fixed).attribute(IFA_LOCAL, &octets(cidr.address))
     }
 
     /// Adds a permanent entry to the neighbour table.

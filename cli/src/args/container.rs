@@ -79,9 +79,9 @@ pub(crate) struct ContainerOptions {
     /// Host name inside the container
     #[arg(long, short = 'h')]
     pub(crate) hostname: Option<String>,
-    /// Network: none, or bridge[,egress=RULE]…: where it may connect to, ADDRESS[/LEN], NAME, any, host or none, then [:PORTS][/tcp|udp]
-    #[arg(long, visible_alias = "net", default_value = "bridge")]
-    pub(crate) network: String,
+    /// Network: none, or bridge[,egress=RULE]… (default): where it may connect to, ADDRESS[/LEN], NAME, any, host or none, then [:PORTS][/tcp|udp]
+    #[arg(long, visible_alias = "net")]
+    pub(crate) network: Option<String>,
     /// Name server
     #[arg(long)]
     pub(crate) dns: Vec<String>,
@@ -142,9 +142,17 @@ pub(crate) struct ContainerOptions {
     /// Do not show the progress of a pull
     #[arg(long, short)]
     pub(crate) quiet: bool,
+    /// Go on from a snapshot instead of starting an image: with --name, --rm, -d, -i, -t, -p, --hostname, --label, --network, -m, --cidfile
+    #[arg(long, value_name = "SNAPSHOT", conflicts_with_all = [
+        "env", "env_file", "publish_all", "volume", "mount", "tmpfs", "workdir", "user", "group_add", "entrypoint", "cpus", "pids_limit",
+        "shm_size", "storage_opt", "ulimit", "dns", "dns_search", "add_host", "label_file", "read_only", "cap_add", "cap_drop",
+        "privileged", "security_opt", "sysctl", "init", "restart", "stop_signal", "stop_timeout", "pull", "platform", "quiet",
+        "image_and_args",
+    ])]
+    pub(crate) from_snapshot: Option<String>,
     /// IMAGE [COMMAND] [ARG…]
     #[arg(
-        required = true,
+        required_unless_present = "from_snapshot",
         trailing_var_arg = true,
         allow_hyphen_values = true,
         value_name = "IMAGE [COMMAND] [ARG]..."

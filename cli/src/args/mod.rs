@@ -63,6 +63,11 @@ pub(crate) enum Verb {
     Stats(StatsArgs),
     /// Display the running processes of a container
     Top(TopArgs),
+    /// Make copies of a running container that go on where it is
+    Fork(ForkArgs),
+    /// Work with saved containers
+    #[command(subcommand)]
+    Snapshot(SnapshotVerb),
     /// Block until containers stop, then print their exit codes
     Wait(NamesArgs),
     /// Rename a container
@@ -166,6 +171,46 @@ pub(crate) enum VolumeVerb {
         #[arg(required = true)]
         names: Vec<String>,
         /// Do not fail when a volume is not there.
+        #[arg(long, short)]
+        force: bool,
+    },
+}
+
+/// `hyper fork`.
+#[derive(Debug, Args)]
+pub(crate) struct ForkArgs {
+    /// How many copies, 1 to 64
+    #[arg(long, short = 'n', default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
+    pub(crate) number: u8,
+    /// Name or id.
+    pub(crate) container: String,
+}
+
+/// Verbs of snapshots.
+#[derive(Debug, Subcommand)]
+pub(crate) enum SnapshotVerb {
+    /// Save a running container, which goes on: `run --from-snapshot` starts others from there
+    Create {
+        /// Name or id.
+        container: String,
+        /// Name of the snapshot; a random one if left out.
+        name: Option<String>,
+    },
+    /// List snapshots
+    Ls {
+        /// Print names only.
+        #[arg(long, short)]
+        quiet: bool,
+        /// Format of the output.
+        #[command(flatten)]
+        format: FormatArgs,
+    },
+    /// Remove snapshots
+    Rm {
+        /// Names.
+        #[arg(required = true)]
+        names: Vec<String>,
+        /// Do not fail when a snapshot is not there.
         #[arg(long, short)]
         force: bool,
     },

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use hyper_image::{Image, ImageConfig as Defaults};
 use hyper_sandbox::{
     ContainerConfig, EgressRule, ExtraHost, ImageConfig, MountConfig, NetworkMode, PortConfig, ProcessConfig,
-    Protocol, ResourceConfig, RestartPolicy, SecurityConfig, UlimitConfig,
+    Protocol, ResourceConfig, RestartPolicy, SecurityConfig, Snapshot, UlimitConfig,
 };
 
 use crate::args::ContainerOptions;
@@ -39,7 +39,7 @@ pub(crate) fn configure(options: &ContainerOptions, image: &Image) -> Result<Con
 fn wish(options: &ContainerOptions, config: &Defaults, id: String) -> Result<ContainerConfig, CliError> {
     let mut labels = config.labels.clone();
     labels.extend(env::merge_labels(&options.label_file, &options.label)?);
-    let (network, egress) = network(&options.network)?;
+    let (network, egress) = network(options.network.as_deref().unwrap_or("bridge"))?;
     let stop_signal = options.stop_signal.as_deref().or(config.stop_signal.as_deref());
     Ok(ContainerConfig {
         name: options.name.clone().unwrap_or_default(),
@@ -69,6 +69,44 @@ fn wish(options: &ContainerOptions, config: &Defaults, id: String) -> Result<Con
         rw_size_bytes: rw_size(&options.storage_opt)?,
         ..Default::default()
     })
+}
+
+/// Of a container that goes on from a snapshot: what was saved, but for the flags that can make a difference yet.
+///
+/// # Errors
+/// A flag that asks for what the saved machine is not, with exit code 125.
+pub(crate) fn going_on(options: &ContainerOptions, snapshot: &Snapshot) -> Result<ContainerConfig, CliError> {
+    let mut config = snapshot.config();
+    let saved = |what: String| CliError::usage(format!("snapshot {} was saved {what}", snapshot.name()));
+    let process = &mut config.process;
+    if options.tty && !process.terminal {
+        return Err(saved("without a terminal: -t cannot be given".to_owned()));
+    }
+    if options.interactive && !process.open_stdin {
+        return Err(saved("without standard input: -i cannot be given".to_owned()));
+    }
+    process.stdin_once |= options.interactive;
+    let mem_mib = config.resources.mem_mib;
+    if options.memory.is_some() && resources(options)?.mem_mib != mem_mib {
+        return Err(saved(format!("with {mem_mib} MiB of memory: -m must be that, or left out")));
+    }
+    if let Some(text) = &options.network {
+        let (mode, egress) = network(text)?;
+        if mode != config.network {
+            let had = if mode == NetworkMode::None { "with" } else { "without" };
+            return Err(saved(format!("{had} a network: --network cannot change that")));
+        }
+        config.egress = egress;
+    }
+    config.ports = published(options)?;
+    config.name = options.name.clone().unwrap_or_default();
+    if let Some(hostname) = &options.hostname {
+        config.hostname.clone_from(hostname);
+    }
+    config.labels.extend(env::merge_labels(&[], &options.label)?);
+    config.auto_remove = options.rm;
+    usage(config.check())?;
+    Ok(config)
 }
 
 /// The image as the user named it.
@@ -176,11 +214,14 @@ fn network_mode(mode: &str) -> Result<NetworkMode, CliError> {
     }
 }
 
+/// Ports that are given by number.
+fn published(options: &ContainerOptions) -> Result<Vec<PortConfig>, CliError> {
+    let parsed = each(&options.publish, |text| usage(PortConfig::parse(text)))?;
+    Ok(parsed.into_iter().flatten().collect())
+}
+
 fn ports(options: &ContainerOptions, image: &Defaults) -> Result<Vec<PortConfig>, CliError> {
-    let mut ports = Vec::new();
-    for text in &options.publish {
-        ports.extend(usage(PortConfig::parse(text))?);
-    }
+    let mut ports = published(options)?;
     if options.publish_all {
         for exposed in &image.exposed_ports {
             let protocol = match exposed.protocol {

@@ -6,6 +6,7 @@ mod audit;
 mod configure;
 mod doctor;
 mod exec;
+mod fork;
 mod image;
 mod inspect;
 mod install;
@@ -15,6 +16,7 @@ mod list;
 mod logs;
 mod provide;
 mod run;
+mod snapshot;
 mod stats;
 mod top;
 mod volume;
@@ -42,6 +44,8 @@ pub(crate) async fn dispatch(verb: Verb) -> Result<i32, CliError> {
         Verb::Pause(args) => lifecycle::pause(args).await,
         Verb::Unpause(args) => lifecycle::unpause(args).await,
         Verb::Rm(args) => lifecycle::rm(args).await,
+        Verb::Fork(args) => fork::fork(&args).await,
+        Verb::Snapshot(verb) => snapshot::snapshot(verb).await,
         Verb::Wait(args) => lifecycle::wait(args).await,
         Verb::Rename(args) => lifecycle::rename(&args),
         Verb::Port(args) => lifecycle::port(&args),

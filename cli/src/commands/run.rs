@@ -4,7 +4,7 @@ use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::Path;
 
-use hyper_sandbox::{Container, RemoveOptions, WaitCondition};
+use hyper_sandbox::{Container, RemoveOptions, Snapshot, WaitCondition};
 
 use super::{configure, provide};
 use crate::args::{ContainerOptions, CreateArgs, RunArgs};
@@ -21,10 +21,14 @@ use crate::terminal::DetachKeys;
 pub(crate) async fn run(args: RunArgs) -> Result<i32, CliError> {
     let streams = Streams::of(&args)?;
     let keys = args.detach_keys.as_deref().map_or_else(|| Ok(DetachKeys::default()), DetachKeys::parse)?;
+    let terminal = match &args.options.from_snapshot {
+        Some(name) => saved(name)?.saved_config().process.terminal,
+        None => args.options.tty,
+    };
     let manners = Manners {
         stdin: streams.stdin && args.options.interactive,
-        terminal: args.options.tty,
-        sig_proxy: args.sig_proxy && !args.options.tty,
+        terminal,
+        sig_proxy: args.sig_proxy && !terminal,
         detach_keys: keys,
     };
     if !args.detach {
@@ -89,7 +93,8 @@ async fn given_up(
 ) -> CliError {
     let code = i32::from(error.exit_code());
     let error = CliError::from_chain(&error).with_code(code);
-    if options.rm {
+    // What was to go on does so at its first start or not at all.
+    if options.rm || options.from_snapshot.is_some() {
         // The supervisor may have removed it already; what matters to the caller is why it did not start.
         let _ = container.remove(RemoveOptions { force: true, volumes: true }).await;
     }
@@ -105,6 +110,34 @@ async fn make(options: &ContainerOptions, foreground: bool) -> Result<Container,
             path.display()
         )));
     }
+    let container = match &options.from_snapshot {
+        Some(name) => continued(options, name).await?,
+        None => fresh(options, foreground).await?,
+    };
+    if let Some(path) = &options.cidfile
+        && let Err(error) = write_cidfile(path, container.id())
+    {
+        container.remove(RemoveOptions { force: true, volumes: true }).await?;
+        return Err(CliError::usage(format!("cannot write container ID file {}: {error}", path.display())));
+    }
+    Ok(container)
+}
+
+fn saved(name: &str) -> Result<Snapshot, CliError> {
+    context::home()?.snapshot(name).map_err(|error| CliError::from(error).with_code(CODE_OURS))
+}
+
+/// Of a snapshot.
+async fn continued(options: &ContainerOptions, name: &str) -> Result<Container, CliError> {
+    let (home, store) = (context::home()?, context::images()?);
+    let snapshot = saved(name)?;
+    let config = configure::going_on(options, &snapshot)?;
+    let _hold = store.hold().await?;
+    Ok(home.go_on(&snapshot, config).await?)
+}
+
+/// Of an image.
+async fn fresh(options: &ContainerOptions, foreground: bool) -> Result<Container, CliError> {
     configure::check(options)?;
     let (home, store) = (context::home()?, context::images()?);
     let wish = provide::options(options.platform.as_deref(), &options.verify_key, options.quiet)?;
@@ -115,12 +148,6 @@ async fn make(options: &ContainerOptions, foreground: bool) -> Result<Container,
     config.image.disk = provide::disk(&home, &store, &image, options.quiet).await?;
     let container = home.create(config)?;
     drop(hold);
-    if let Some(path) = &options.cidfile
-        && let Err(error) = write_cidfile(path, container.id())
-    {
-        container.remove(RemoveOptions { force: true, volumes: true }).await?;
-        return Err(CliError::usage(format!("cannot write container ID file {}: {error}", path.display())));
-    }
     Ok(container)
 }
 

@@ -16,7 +16,7 @@ use crate::store::index::{Index, Record};
 /// What containers need; whoever knows the containers fills it in.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Used {
-    /// By image id: the name of a container that uses it.
+    /// By image id: who uses it, such as `container web`.
     pub images: BTreeMap<Digest, String>,
     /// Disks (paths as handed out by [`Store::disk`]) that containers have.
     pub disks: BTreeSet<PathBuf>,
@@ -222,9 +222,8 @@ fn untag(index: &mut Index, query: &str, id: &Digest, force: bool, used: &Used) 
     };
     let last = going.len() == names.len();
     let familiar = |name: &String| Reference::parse(name).map_or_else(|_| name.clone(), |r| r.to_string());
-    if let (true, Some(container), false) = (last, used.images.get(id), force) {
-        let container = clean(container);
-        return Err(ImageError::InUse { query: clean(query), container, id: id.short().to_owned() });
+    if let (true, Some(user), false) = (last, used.images.get(id), force) {
+        return Err(ImageError::InUse { query: clean(query), user: clean(user), id: id.short().to_owned() });
     }
     if by_name.is_none() && names.len() > 1 && !force {
         let names = names.iter().map(familiar).collect::<Vec<_>>().join(", ");

@@ -18,7 +18,7 @@ fn name(text: &str) -> Reference {
 }
 
 fn used_by(image: &Image, container: &str) -> Used {
-    Used { images: [(image.id.clone(), container.to_owned())].into(), ..Used::default() }
+    Used { images: [(image.id.clone(), format!("container {container}"))].into(), ..Used::default() }
 }
 
 fn untagged(text: &str) -> Removed {

@@ -157,6 +157,11 @@ pub(crate) fn check_volume_name(name: &str) -> Result<(), ConfigError> {
     named("volume", name)
 }
 
+/// The same rule for snapshots.
+pub(crate) fn check_snapshot_name(name: &str) -> Result<(), ConfigError> {
+    named("snapshot", name)
+}
+
 fn named(what: &'static str, name: &str) -> Result<(), ConfigError> {
     let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-');
     let first = name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());

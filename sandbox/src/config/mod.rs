@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub use check::ConfigError;
-pub(crate) use check::{check_name, check_volume_name};
+pub(crate) use check::{check_name, check_snapshot_name, check_volume_name};
 pub use egress::{EgressRule, EgressTarget};
 pub(crate) use egress::{MAX_EGRESS, mask};
 

@@ -89,6 +89,16 @@ impl Agent {
         }
     }
 
+    /// The id of the next stream. A guest that goes on from one that was saved may remember those before it.
+    pub(crate) fn next_stream(&self) -> u64 {
+        self.next_stream.load(Ordering::Relaxed)
+    }
+
+    /// Begins streams with this id.
+    pub(crate) fn begin_streams(&self, id: u64) {
+        self.next_stream.store(id, Ordering::Relaxed);
+    }
+
     /// Opens a stream and returns the id by which a request claims it.
     pub(crate) async fn open_stream(&self) -> Result<(u64, Stream), VmError> {
         let id = self.next_stream.fetch_add(1, Ordering::Relaxed);

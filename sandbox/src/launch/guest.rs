@@ -1,17 +1,15 @@
 //! A running machine with an agent that serves.
 
 use std::ffi::OsStr;
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hyper_protocol::DOORBELL_PORT;
 use hyper_protocol::rpc::agent::{ConfigureRequest, ConfigureResponse, Empty, SetClockRequest};
-use hyper_vmm_spec::FdSlot;
-use hyper_vmm_spec::control::{Reply, Request, SnapshotFds, Timeline};
+use hyper_vmm_spec::control::{Reply, Request, Timeline};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::time::{ClockId, clock_gettime};
 use tokio::process::Child;
@@ -185,16 +183,9 @@ impl Booted {
         }
     }
 
-    /// Writes the machine to files, while it stands still; it runs on if that fails.
-    pub(super) async fn save(&self, state: &File, memory: &File) -> Result<(), VmError> {
-        let limit = scaled_ms(BUILD_MS);
-        self.control.request(&Request::Pause, &[], limit).await?;
-        let request = Request::Save { snapshot: SnapshotFds { state: FdSlot(0), memory: FdSlot(1) } };
-        let saved = self.control.request(&request, &[state.as_fd(), memory.as_fd()], limit).await;
-        if saved.is_err() {
-            self.control.request(&Request::Resume, &[], limit).await?;
-        }
-        saved.map(drop)
+    /// What changes the machine while it runs.
+    pub(super) fn levers(&self) -> Levers {
+        Levers::new(&self.control)
     }
 
     /// Ends it by force, and waits for that.
@@ -289,7 +280,7 @@ impl Guest {
 
     /// What changes the machine while it runs.
     pub(crate) fn levers(&self) -> Levers {
-        Levers::new(&self.booted.control)
+        self.booted.levers()
     }
 
     /// Slots of the bays, by which the guest knows them; bay n is the nth.

@@ -1,15 +1,18 @@
 //! What changes a machine while it runs. Whoever holds these does not keep the machine alive.
 
-use std::os::fd::BorrowedFd;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::Instant;
 
-use hyper_vmm_spec::control::{DiskPart, Request};
+use hyper_vmm_spec::control::{DiskPart, Request, SnapshotFds};
 use hyper_vmm_spec::{DiskId, FdSlot};
 use tokio::time::timeout;
 
 use super::control::Control;
 use super::{VmError, scaled_ms};
+use crate::SandboxError;
 
 /// How long the VMM may take to answer: it waits for its host's kernel only.
 const ANSWER_MS: u64 = 10_000;
@@ -36,6 +39,35 @@ impl Levers {
     /// Makes vCPUs until there are `count`; the agent brings them online.
     pub(crate) async fn add_vcpus(&self, count: u8) -> Result<(), VmError> {
         self.control()?.request(&Request::Vcpus { count }, &[], scaled_ms(ANSWER_MS)).await.map(drop)
+    }
+
+    /// Writes the machine to files, until `deadline`. It stands still meanwhile, and while `beside` is done; then it goes on, whatever came
+    /// of it.
+    ///
+    /// # Errors
+    /// What the VMM answers, or `beside`.
+    pub(crate) async fn save(
+        &self,
+        state: &File,
+        memory: &File,
+        deadline: Instant,
+        beside: impl Future<Output = Result<(), SandboxError>>,
+    ) -> Result<(), SandboxError> {
+        let control = self.control()?;
+        let answer = scaled_ms(ANSWER_MS);
+        let saved = async {
+            control.request(&Request::Pause, &[], answer).await?;
+            let snapshot = SnapshotFds { state: FdSlot(0), memory: FdSlot(1) };
+            let limit = deadline.saturating_duration_since(Instant::now());
+            let limit_ms = u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
+            let request = Request::Save { snapshot, limit_ms };
+            control.request(&request, &[state.as_fd(), memory.as_fd()], limit + answer).await?;
+            beside.await
+        };
+        let saved = saved.await;
+        let resumed = control.request(&Request::Resume, &[], answer).await;
+        saved?;
+        Ok(resumed.map(drop)?)
     }
 
     /// Puts a disk into a bay that is made of these files, of which so many sectors are used. A file is read-only when its descriptor is.
@@ -114,8 +146,28 @@ pub(crate) mod testing {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use super::testing::levers;
     use super::*;
     use crate::launch::control::{self, testing};
+
+    #[tokio::test]
+    async fn a_machine_that_was_saved_goes_on_whatever_came_of_it() {
+        let (levers, vmm) = levers();
+        let file = File::open("/dev/null").unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let fine = levers.save(&file, &file, deadline, async { Ok(()) }).await;
+        assert!(fine.is_ok());
+        let failed = async { Err(SandboxError::Refused("no room".into())) };
+        let error = levers.save(&file, &file, deadline, failed).await.unwrap_err();
+        assert_eq!(error.to_string(), "no room");
+        for _ in 0..2 {
+            assert_eq!(vmm.heard(), Request::Pause);
+            assert!(matches!(vmm.heard(), Request::Save { limit_ms, .. } if limit_ms > 0));
+            assert_eq!(vmm.heard(), Request::Resume);
+        }
+    }
 
     #[tokio::test]
     async fn memory_is_waited_for_until_the_machine_ends() {

@@ -35,7 +35,7 @@ pub(crate) use guest::{Guest, Steps};
 pub(crate) use levers::Levers;
 pub(crate) use memory::MemorySizing;
 pub(crate) use plan::{DEFAULT_BOOT_MS, DiskPlan, GrowthPlan, GuestPlan, NetPlan, SharePlan};
-pub(crate) use template::{Started, TemplateShape, make as make_template, start};
+pub(crate) use template::{Inputs, MachineShape, Started, Template, go_on, make as make_template, start};
 pub(crate) use unpack::unpack;
 
 /// A VMM that is played, for tests of what uses it.

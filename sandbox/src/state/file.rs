@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use serde::Serialize;
@@ -12,14 +13,16 @@ use crate::SandboxError;
 /// Largest state file, bytes: what somebody else put there must not fill our memory.
 const MAX_FILE_BYTES: u64 = 16 << 20;
 
-/// Replaces `path` by `value`; a crash leaves the old file or the new one.
+/// Replaces `path` by `value`, for its owner alone; a crash leaves the old file or the new one.
 pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), SandboxError> {
     let text = serde_json::to_vec_pretty(value)
         .map_err(|source| SandboxError::Damaged { path: path.to_owned(), source })?;
     let fail = |source| SandboxError::io("write", path, source);
     // Of two processes that write the same file at once each has its own; the later rename wins.
     let beside = path.with_extension(format!("json.{}.tmp", std::process::id()));
-    let mut file = File::create(&beside).map_err(fail)?;
+    let mut options = File::options();
+    let options = options.write(true).create(true).truncate(true).mode(0o600);
+    let mut file = options.open(&beside).map_err(fail)?;
     file.write_all(&text).map_err(fail)?;
     file.sync_data().map_err(fail)?;
     fs::rename(&beside, path).map_err(fail)?;

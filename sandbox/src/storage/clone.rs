@@ -2,23 +2,35 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::time::Instant;
 
 use rustix::fs::{FallocateFlags, SeekFrom, copy_file_range, fallocate, ioctl_ficlone, seek};
 use rustix::io::Errno;
 
+/// Most bytes that are copied by one call, so that a deadline is looked at now and then.
+const COPIED_AT_ONCE: u64 = 64 << 20;
+
 /// Makes `to` (replacing what is there) a copy of `from`: shared extents where the file system can, else only the data is copied.
-pub(super) fn clone_sparse(from: &Path, to: &Path) -> io::Result<()> {
+///
+/// # Errors
+/// What the file system answers, and `TimedOut` after the deadline, if there is one.
+pub(super) fn clone_sparse(from: &Path, to: &Path, deadline: Option<Instant>) -> io::Result<()> {
     let source = File::open(from)?;
-    let target = File::create(to)?;
+    let target = File::options().read(true).write(true).create(true).truncate(true).mode(0o600).open(to)?;
     if ioctl_ficlone(&target, &source).is_ok() {
         return Ok(());
     }
     target.set_len(source.metadata()?.len())?;
     let mut at = 0;
     while let Some((start, end)) = next_data(&source, at)? {
+        let end = end.min(start.saturating_add(COPIED_AT_ONCE));
         copy_extent(&source, &target, start, end)?;
         at = end;
+        if deadline.is_some_and(|deadline| Instant::now() > deadline) {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
     }
     Ok(())
 }
@@ -111,7 +123,7 @@ mod tests {
         file.set_len(64 << 20).unwrap();
         file.write_all_at(b"begin", 0).unwrap();
         file.write_all_at(b"middle", 10 << 20).unwrap();
-        clone_sparse(&from, &to).unwrap();
+        clone_sparse(&from, &to, None).unwrap();
         assert_eq!(std::fs::read(&from).unwrap(), std::fs::read(&to).unwrap());
         let data = std::fs::metadata(&to).unwrap();
         assert_eq!(data.len(), 64 << 20);
@@ -124,7 +136,7 @@ mod tests {
         let (from, to) = (dir.path().join("from"), dir.path().join("to"));
         for text in ["", "plain"] {
             std::fs::write(&from, text).unwrap();
-            clone_sparse(&from, &to).unwrap();
+            clone_sparse(&from, &to, None).unwrap();
             assert_eq!(std::fs::read_to_string(&to).unwrap(), text);
         }
     }

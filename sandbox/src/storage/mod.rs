@@ -9,7 +9,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::state::sync_dir;
 use crate::store::{FileLock, make_private_dir};
@@ -110,7 +110,7 @@ pub(crate) async fn open_rw(
     let bytes = rw_size(wish_bytes, std::env::var_os("HYPER_RW_SIZE").as_deref())?;
     let template = template(home, bytes).await?;
     let beside = path.with_extension("img.tmp");
-    clone::clone_sparse(&template, &beside)
+    clone::clone_sparse(&template, &beside, None)
         .map_err(|source| SandboxError::io("copy the template to", &beside, source))?;
     if lasting {
         // A guest that syncs later syncs blocks; that there is a file system around them is ours to keep.
@@ -122,6 +122,25 @@ pub(crate) async fn open_rw(
         sync_dir(&home.container_dir(id))?;
     }
     options.open(&path).map_err(|source| SandboxError::io("open", path, source))
+}
+
+/// Copies a writable layer from one directory to another.
+///
+/// # Errors
+/// What the file system answers, or that it takes longer than until `deadline`.
+pub(crate) fn copy_rw(from: &Path, to: &Path, deadline: Option<Instant>) -> Result<(), SandboxError> {
+    let (from, to) = (from.join(RW_FILE), to.join(RW_FILE));
+    clone::clone_sparse(&from, &to, deadline)
+        .map_err(|source| SandboxError::io("copy the writable layer to", to, source))
+}
+
+/// Gives a writable layer in one directory to another.
+///
+/// # Errors
+/// What the file system answers.
+pub(crate) fn move_rw(from: &Path, to: &Path) -> Result<(), SandboxError> {
+    let to = to.join(RW_FILE);
+    fs::rename(from.join(RW_FILE), &to).map_err(|source| SandboxError::io("make", to, source))
 }
 
 /// Makes a writable layer of the default size at `path`, unless it is there already.

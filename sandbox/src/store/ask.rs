@@ -104,8 +104,13 @@ impl Container {
 
     /// One request, one answer.
     pub(super) async fn ask(&self, request: &Request) -> Result<Reply, SandboxError> {
+        self.ask_within(request, scaled_ms(ANSWER_MS)).await
+    }
+
+    /// As [`Container::ask`], for what may take its time.
+    pub(super) async fn ask_within(&self, request: &Request, limit: Duration) -> Result<Reply, SandboxError> {
         let mut talk = self.converse(request).await?;
-        Ok(self.answer_within(&mut talk, scaled_ms(ANSWER_MS)).await?)
+        Ok(self.answer_within(&mut talk, limit).await?)
     }
 
     /// Joins the conversation with its process.

@@ -93,6 +93,10 @@ impl Home {
         self.dirs().data.join("templates")
     }
 
+    pub(crate) fn snapshots_dir(&self) -> PathBuf {
+        self.dirs().data.join("snapshots")
+    }
+
     /// The lock under which containers and volumes are made, named and removed. Held for a few file operations.
     pub(crate) fn lock(&self) -> Result<FileLock, SandboxError> {
         FileLock::take_short(&self.dirs().data.join("lock"))
@@ -108,8 +112,17 @@ impl Home {
     /// # Errors
     /// [`SandboxError::Config`], [`SandboxError::NameInUse`], or a failed write.
     pub fn create(&self, config: ContainerConfig) -> Result<Container, SandboxError> {
+        self.create_with(config, |_| Ok(()))
+    }
+
+    /// As [`Home::create`]; `fill` puts more into its directory before anybody sees it. The home's lock is held meanwhile.
+    pub(crate) fn create_with(
+        &self,
+        config: ContainerConfig,
+        fill: impl FnOnce(&Path) -> Result<(), SandboxError>,
+    ) -> Result<Container, SandboxError> {
         let wish = format!("{} of {}", config.name, config.image.reference);
-        let made = self.make_container(config);
+        let made = self.make_container(config, fill);
         let (id, detail) = match &made {
             Ok(made) => {
                 (made.id().to_owned(), format!("{} of {}", made.name(), made.config().image.reference))
@@ -119,7 +132,11 @@ impl Home {
         self.audit().note("container create", &id, &detail, made)
     }
 
-    fn make_container(&self, mut config: ContainerConfig) -> Result<Container, SandboxError> {
+    fn make_container(
+        &self,
+        mut config: ContainerConfig,
+        fill: impl FnOnce(&Path) -> Result<(), SandboxError>,
+    ) -> Result<Container, SandboxError> {
         config.check()?;
         let lock = self.lock()?;
         let others = self.containers()?;
@@ -144,6 +161,7 @@ impl Home {
             .map_err(|source| SandboxError::io("write", beside.join("lock"), source))?;
         write_json(&beside.join("config.json"), &record)?;
         write_json(&beside.join("state.json"), &state)?;
+        fill(&beside)?;
         fs::rename(&beside, &dir).map_err(|source| SandboxError::io("make", &dir, source))?;
         undo.release();
         // What is to go with its end need not outlast the power.

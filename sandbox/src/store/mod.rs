@@ -1,7 +1,7 @@
 //! The containers and volumes of one user: [`Home`], [`Container`], [`Volume`].
 //!
 //! Files: `home` (open, create, find), `names`, `lock` (who is alive), `record` (config.json), `recover` (what dead supervisors left),
-//! `volume`, `container` (the verbs that change a container's files), `start` (its supervisor), `ask` (the verbs that the supervisor
+//! `volume`, `snapshot` (saved containers), `container` (the verbs that change a container's files), `start` (its supervisor), `ask` (the verbs that the supervisor
 //! answers), `stats` (plain data), `archive` (cp).
 
 mod archive;
@@ -13,6 +13,7 @@ mod lock;
 mod names;
 mod record;
 mod recover;
+mod snapshot;
 mod start;
 mod stats;
 mod volume;
@@ -21,6 +22,7 @@ pub use archive::{ArchiveInOptions, ArchiveReader, PathStat};
 pub use container::{Container, ExecConfig, RemoveOptions, WaitCondition};
 pub use home::Home;
 pub use jailed::Jailed;
+pub use snapshot::{Draft, Snapshot};
 pub use stats::{ContainerStats, NetworkCounters, Process};
 pub use volume::Volume;
 
@@ -28,6 +30,9 @@ pub(crate) use home::{RemoveDir, list, make_private_dir, remove_tree};
 pub(crate) use lock::FileLock;
 pub(crate) use names::{new_id, random};
 pub(crate) use recover::{LOST_EXIT_CODE, UNPACK_PREFIX};
+pub(crate) use snapshot::{
+    SavedInterface, SavedMachine, create_files, describe, draft_dir, forget_saved, open_saved,
+};
 pub(crate) use start::HANDOVER;
 #[cfg(test)]
 pub(crate) use start::hand_over;

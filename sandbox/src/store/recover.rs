@@ -3,6 +3,7 @@
 //! | left | recognised by | done |
 //! |---|---|---|
 //! | `containers/.new-*`, `.removed-*` | we hold the home's lock, under which they are made | removed |
+//! | `snapshots/.new-*` | the lock in it is free | removed |
 //! | a live status | its container's lock is free | exited, 137; removed if it was to remove itself |
 //! | an end of what was to remove itself | its lock is free | removed |
 //! | `volumes/.new-*`, `.removed-*` | we hold the home's lock | removed |
@@ -13,6 +14,7 @@
 //! descriptors).
 
 use std::io::ErrorKind;
+use std::path::PathBuf;
 
 use super::home::{NEW_PREFIX, REMOVED_PREFIX, list, remove_tree};
 use super::lock::FileLock;
@@ -44,6 +46,7 @@ pub(crate) fn recover(home: &Home) -> Result<(), SandboxError> {
             Orphan::Container(name) => warn(remove_tree(&home.containers_dir().join(name))),
             Orphan::Volume(name) => warn(remove_tree(&home.volumes_dir().join(name))),
             Orphan::Run(name) => warn(remove_tree(&home.dirs().run.join(name))),
+            Orphan::Snapshot(dir) => warn(remove_tree(&dir)),
         }
     }
     Ok(())
@@ -53,6 +56,7 @@ enum Orphan {
     Container(String),
     Volume(String),
     Run(String),
+    Snapshot(PathBuf),
 }
 
 fn warn(result: Result<(), SandboxError>) {
@@ -66,6 +70,7 @@ fn orphans(home: &Home) -> Result<Vec<Orphan>, SandboxError> {
     let half = |name: &&String| name.starts_with(NEW_PREFIX) || name.starts_with(REMOVED_PREFIX);
     let mut found: Vec<Orphan> = names.iter().filter(half).cloned().map(Orphan::Container).collect();
     found.extend(list(&home.volumes_dir())?.into_iter().filter(|name| half(&name)).map(Orphan::Volume));
+    found.extend(super::snapshot::orphans(home)?.into_iter().map(Orphan::Snapshot));
     for run in list(&home.dirs().run)? {
         let of_container = run.len() == 16 && run.bytes().all(|b| b.is_ascii_hexdigit());
         let orphaned = if of_container {

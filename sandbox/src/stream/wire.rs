@@ -37,6 +37,8 @@ pub(crate) enum Request {
     ArchiveOut { path: String, follow: bool },
     /// Unpack the tar in the stdin frames that follow; reply at its end.
     ArchiveIn { path: String, options: ArchiveInOptions },
+    /// Save it into a directory among the snapshots that the client has made.
+    Save { draft: String },
     /// Change limits.
     Update { resources: ResourceConfig },
 }

@@ -6,8 +6,8 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use hyper_protocol::rpc::agent::{
-    ConfigureRequest, CreateContainerRequest, Interface, Mount, Rootfs, Route, ShareSource, SocketSource,
-    Stdio, TmpfsSource, mount,
+    ConfigureRequest, CreateContainerRequest, InjectedFile, Interface, Mount, RenewContainerRequest, Rootfs,
+    Route, ShareSource, SocketSource, Stdio, TmpfsSource, mount,
 };
 use hyper_protocol::{DNS_PORT, MAX_INJECTED_FILE_BYTES, MAX_OCI_SPEC_BYTES, SHARE_TAG};
 use protobuf::MessageField;
@@ -16,14 +16,15 @@ use super::run::Streams;
 use super::shared::Shared;
 use crate::config::{ConfigError, ContainerConfig, MountConfig, NetworkMode};
 use crate::launch::{
-    self, DEFAULT_BOOT_MS, DiskPlan, Guest, GuestPlan, HostPortPlan, MemorySizing, NetPlan, SharePlan, Steps,
-    rpc_error,
+    self, DEFAULT_BOOT_MS, DiskPlan, Guest, GuestPlan, HostPortPlan, Inputs, MachineShape, MemorySizing,
+    NetPlan, SharePlan, Steps, rpc_error,
 };
 use crate::network::dns::{NameService, Resolver};
 use crate::network::publish::Listeners;
 use crate::network::resolv::{HostResolver, upstreams};
 use crate::network::{Link, MTU, NetworkSettings, Policy};
 use crate::sockets::{HostSockets, Offer};
+use crate::store::{SavedMachine, forget_saved, open_saved};
 use crate::stream::TerminalSize;
 use crate::{Container, Home, SandboxError, StartError, oci, storage};
 
@@ -42,6 +43,10 @@ pub(super) struct Machine {
     pub(super) listeners: Listeners,
     pub(super) link: Option<Link>,
     pub(super) names: Option<NameService>,
+    /// What it was made of.
+    pub(super) inputs: Inputs,
+    /// It goes on from this, with the container in it.
+    pub(super) saved: Option<SavedMachine>,
     mounts: Vec<Mount>,
     host: HostResolver,
     _sockets: Sockets,
@@ -93,28 +98,21 @@ pub(super) async fn machine(
     let mut sockets = Sockets::default();
     let (shares, mounts) = mounts(home, config, &mut sockets)?;
     let host = HostResolver::of_host();
-    let (mut link, mut names, mut net, mut host_ports) =
-        (None, None, None, sockets.port.take().into_iter().collect::<Vec<_>>());
+    let mut connection = Connection::default();
     if config.network == NetworkMode::Bridge {
-        let settings = NetworkSettings::from_env()?;
-        let mut connected = settings.connect(last_address(container), &Policy::of(config)).await?;
-        net = connected.take_tap().map(|tap| NetPlan { tap, mac: connected.mac, mtu: MTU });
-        let (callers, port) = launch::Callers::of_port(DNS_PORT)
-            .map_err(|source| SandboxError::io("make a socket in", &run_dir, source))?;
-        host_ports.push(port);
-        let resolver = Resolver {
-            home: home.clone(),
-            gateway: settings.gateway(),
-            upstreams: upstreams(config, &host),
-            names: connected.take_names(),
-        };
-        names = Some(NameService::start(callers, resolver));
-        link = Some(connected);
+        connection = connect(home, container, &host).await?;
         steps.done("network");
     }
-    let vcpus = config.resources.vcpus();
+    let Connection { mut link, names, net, port } = connection;
+    let saved = open_saved(&container.dir())?;
     let mut sizing = MemorySizing::load(&home.templates_dir(), home.parts());
-    let vm_mem_mib = sizing.vm_mem_mib(config.resources.mem_mib, vcpus);
+    let (vcpus, vm_mem_mib) = match &saved {
+        Some((saved, _)) => saved.inputs.shape().size(),
+        None => {
+            let vcpus = config.resources.vcpus();
+            (vcpus, sizing.vm_mem_mib(config.resources.mem_mib, vcpus))
+        }
+    };
     let plan = GuestPlan {
         log_dir: container.dir(),
         run_dir,
@@ -127,7 +125,7 @@ pub(super) async fn machine(
             DiskPlan { id: RW_DISK.to_owned(), file: rw, read_only: false },
         ],
         nets: net.into_iter().collect(),
-        host_ports,
+        host_ports: sockets.port.take().into_iter().chain(port).collect(),
         shares,
         kernel_args: config.kernel_args.clone(),
         in_pod: false,
@@ -135,8 +133,19 @@ pub(super) async fn machine(
         cgroups: Vec::new(),
         template: None,
     };
+    let inputs = MachineShape::planned(&plan).inputs(home.parts())?;
     let request = configure(config, id, link.as_ref());
-    let launch::Started { guest, configured, lacking } = launch::start(home, plan, request, steps).await?;
+    let (saved, started) = match saved {
+        Some((saved, _)) if saved.inputs != inputs => {
+            return Err(SandboxError::Stale(container.name().to_owned()));
+        }
+        Some((saved, files)) => {
+            let started = go_on(home, container, plan, (&saved, files), request, steps).await?;
+            (Some(saved), started)
+        }
+        None => (None, launch::start(home, plan, request, steps).await?),
+    };
+    let launch::Started { guest, configured, lacking } = started;
     if let Err(error) = sizing.learn(vm_mem_mib, vcpus, configured.mem_total_bytes) {
         tracing::debug!(%error, "nothing is learned");
     }
@@ -148,7 +157,55 @@ pub(super) async fn machine(
         link.ready().await?;
         steps.done("firewall");
     }
-    Ok(Machine { guest, listeners, link, names, mounts, host, _sockets: sockets })
+    Ok(Machine { guest, listeners, link, names, inputs, saved, mounts, host, _sockets: sockets })
+}
+
+/// What connects a container with others.
+#[derive(Debug, Default)]
+struct Connection {
+    link: Option<Link>,
+    names: Option<NameService>,
+    net: Option<NetPlan>,
+    /// Of the name service, for the VMM.
+    port: Option<HostPortPlan>,
+}
+
+async fn connect(
+    home: &Home,
+    container: &Container,
+    host: &HostResolver,
+) -> Result<Connection, SandboxError> {
+    let config = container.config();
+    let settings = NetworkSettings::from_env()?;
+    let mut link = settings.connect(last_address(container), &Policy::of(config)).await?;
+    let net = link.take_tap().map(|tap| NetPlan { tap, mac: link.mac, mtu: MTU });
+    let (callers, port) = launch::Callers::of_port(DNS_PORT)
+        .map_err(|source| SandboxError::io("make a socket for", container.dir(), source))?;
+    let resolver = Resolver {
+        home: home.clone(),
+        gateway: settings.gateway(),
+        upstreams: upstreams(config, host),
+        names: link.take_names(),
+    };
+    let names = NameService::start(callers, resolver);
+    Ok(Connection { link: Some(link), names: Some(names), net, port: Some(port) })
+}
+
+/// Has the machine of a container go on from what was saved, which is gone then.
+async fn go_on(
+    home: &Home,
+    container: &Container,
+    plan: GuestPlan,
+    (saved, files): (&SavedMachine, launch::Template),
+    request: ConfigureRequest,
+    steps: &mut Steps,
+) -> Result<launch::Started, SandboxError> {
+    let request = found_as_saved(request, saved);
+    // The guest is about to write to a disk that what was saved will not fit any more.
+    forget_saved(&container.dir())?;
+    let started = launch::go_on(home, plan, files, request, steps).await?;
+    started.guest.agent.begin_streams(saved.next_stream);
+    Ok(started)
 }
 
 /// Sockets of an earlier run of this supervisor.
@@ -184,6 +241,15 @@ fn configure(config: &ContainerConfig, id: &str, link: Option<&Link>) -> Configu
             ..Default::default()
         }];
         request.dns_proxy = true;
+    }
+    request
+}
+
+/// The interface is as it was when it was saved, until it is given what is its own.
+fn found_as_saved(mut request: ConfigureRequest, saved: &SavedMachine) -> ConfigureRequest {
+    for (interface, found) in request.interfaces.iter_mut().zip(&saved.interface) {
+        interface.found_mac.clone_from(&found.mac);
+        interface.found_addresses = vec![found.address.clone()];
     }
     request
 }
@@ -268,11 +334,52 @@ pub(super) async fn container(
         stdio.stderr = stream_id;
         streams.stderr = Some(stream);
     }
+    if let Some(saved) = &machine.saved {
+        renew(config, id, machine, saved, stdio).await?;
+        return Ok(streams);
+    }
     let request = create_request(config, id, machine, stdio)?;
     let create = machine.guest.agent.rpc.create_container(launch::call(), &request);
     let created = machine.guest.until_end(create).await.map_err(SandboxError::Vm)?;
     created.map_err(|error| in_dockers_words(rpc_error("CreateContainer")(error)))?;
     Ok(streams)
+}
+
+/// Makes the container that is in the machine this one.
+async fn renew(
+    config: &ContainerConfig,
+    id: &str,
+    machine: &Machine,
+    saved: &SavedMachine,
+    stdio: Stdio,
+) -> Result<(), SandboxError> {
+    let request = RenewContainerRequest {
+        container_id: saved.guest_id.clone(),
+        hostname: config.hostname_for(id).to_owned(),
+        files: files(config, id, machine)?,
+        stdio: MessageField::some(stdio),
+        ..Default::default()
+    };
+    let renew = machine.guest.agent.rpc.renew_container(launch::call(), &request);
+    let renewed = machine.guest.until_end(renew).await?;
+    renewed.map(drop).map_err(|error| SandboxError::Vm(rpc_error("RenewContainer")(error)))
+}
+
+/// The files that are put into the container.
+fn files(config: &ContainerConfig, id: &str, machine: &Machine) -> Result<Vec<InjectedFile>, SandboxError> {
+    let facts = oci::Facts {
+        id,
+        ip: machine.link.as_ref().map(|link| link.state.ip),
+        gateway: machine.link.as_ref().map(|link| link.state.gateway),
+        host: &machine.host,
+    };
+    let files = oci::injected_files(config, &facts);
+    if files.iter().any(|file| file.content.len() > MAX_INJECTED_FILE_BYTES) {
+        return Err(
+            ConfigError::TooMany { what: "bytes of /etc/hosts", limit: MAX_INJECTED_FILE_BYTES }.into()
+        );
+    }
+    Ok(files)
 }
 
 fn create_request(
@@ -289,18 +396,7 @@ fn create_request(
         }
         .into());
     }
-    let facts = oci::Facts {
-        id,
-        ip: machine.link.as_ref().map(|link| link.state.ip),
-        gateway: machine.link.as_ref().map(|link| link.state.gateway),
-        host: &machine.host,
-    };
-    let files = oci::injected_files(config, &facts);
-    if files.iter().any(|file| file.content.len() > MAX_INJECTED_FILE_BYTES) {
-        return Err(
-            ConfigError::TooMany { what: "bytes of /etc/hosts", limit: MAX_INJECTED_FILE_BYTES }.into()
-        );
-    }
+    let files = files(config, id, machine)?;
     Ok(CreateContainerRequest {
         container_id: id.to_owned(),
         oci_spec: spec,

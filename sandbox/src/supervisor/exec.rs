@@ -54,6 +54,7 @@ async fn start(
     console: &Arc<Console>,
     attach: Option<AttachOptions>,
 ) -> Result<String, Refusal> {
+    let _busy = shared.busy().await;
     let run = shared.running()?;
     if shared.status() == Status::Paused {
         let name = shared.container().name().to_owned();
@@ -62,7 +63,7 @@ async fn start(
     if config.args.is_empty() {
         return Err(SandboxError::from(ConfigError::NoCommand).into());
     }
-    let process_id = run.next_exec();
+    let process_id = run.new_exec();
     let streams = create(&run, config, &process_id, attach).await?;
     console.open_stdin(streams.stdin).await;
     let mut pumps = JoinSet::new();

@@ -9,7 +9,7 @@
 //!
 //! Files: `handover`, `shared` (what conversations and the loop share), `policy` (restarts), `boot` (one start), `run` (one run),
 //! `console` (streams of a process and who is attached), `serve` (conversations), `verbs` (what is answered with one RPC), `exec`,
-//! `archive`, `template` (for the next start).
+//! `archive`, `save` (for others to go on from), `template` (for the next start).
 
 mod archive;
 mod boot;
@@ -18,6 +18,7 @@ mod exec;
 mod handover;
 mod policy;
 mod run;
+mod save;
 mod serve;
 mod shared;
 mod template;

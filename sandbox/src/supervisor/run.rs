@@ -9,9 +9,10 @@ use tokio::time::timeout;
 
 use super::boot::{self, Machine};
 use super::shared::{Life, Shared};
+use super::verbs::container_ref;
 use crate::clock::Timestamp;
 use crate::config::ContainerConfig;
-use crate::launch::{Agent, Steps, Stream, VmEnd, call, context, rpc_error, scaled_ms};
+use crate::launch::{Agent, Inputs, Levers, Steps, Stream, VmEnd, call, context, rpc_error, scaled_ms};
 use crate::logs::{LogSource, LogWriter};
 use crate::network::publish::Proxies;
 use crate::state::{NetworkState, Status};
@@ -37,6 +38,9 @@ pub(super) struct Run {
     pub(super) agent: Arc<Agent>,
     pub(super) container_id: String,
     pub(super) config: ContainerConfig,
+    pub(super) levers: Levers,
+    /// What the machine was made of.
+    pub(super) inputs: Inputs,
     execs: AtomicU64,
 }
 
@@ -51,8 +55,13 @@ impl Run {
     }
 
     /// An id for another process.
-    pub(super) fn next_exec(&self) -> String {
+    pub(super) fn new_exec(&self) -> String {
         format!("exec-{}", self.execs.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// The number of the next such id.
+    pub(super) fn next_exec(&self) -> u64 {
+        self.execs.load(Ordering::Relaxed)
     }
 
     /// Sends a signal to a process.
@@ -85,12 +94,17 @@ pub(super) async fn run_once(shared: &Arc<Shared>, restarts: u32) -> Result<u8, 
     steps.done("created");
     let run = Arc::new(Run {
         agent: Arc::clone(&machine.guest.agent),
-        container_id: shared.id.clone(),
+        container_id: machine.saved.as_ref().map_or(&shared.id, |saved| &saved.guest_id).clone(),
         config: container.config().clone(),
-        execs: AtomicU64::new(1),
+        levers: machine.guest.levers(),
+        inputs: machine.inputs.clone(),
+        execs: AtomicU64::new(machine.saved.as_ref().map_or(1, |saved| saved.next_exec)),
     });
     let output = Output::begin(shared, streams, &container.dir()).await?;
-    start_process(&run, &machine).await?;
+    match machine.saved {
+        None => start_process(&run, &machine).await?,
+        Some(_) => go_on(&run, &machine).await?,
+    }
     steps.done("started");
     let proxies = publish(shared, &mut machine, steps, restarts).await?;
     shared.set_run(Some(Arc::clone(&run)));
@@ -126,6 +140,13 @@ async fn start_process(run: &Run, machine: &Machine) -> Result<(), StartError> {
         .map_err(|error| SandboxError::Vm(rpc_error("StartProcess")(error)))?;
     let args = run.config.process.args();
     check_started(started.exit_code, &started.error, args.first().map_or("", String::as_str))
+}
+
+/// Has the processes go on that were frozen when they were saved.
+async fn go_on(run: &Run, machine: &Machine) -> Result<(), SandboxError> {
+    let container = container_ref(run);
+    let resumed = machine.guest.until_end(run.agent.rpc.resume_container(call(), &container)).await?;
+    resumed.map(drop).map_err(|error| SandboxError::Vm(rpc_error("ResumeContainer")(error)))
 }
 
 /// Docker's words for a command that could not be executed.

@@ -10,7 +10,7 @@ use tokio::time::timeout;
 
 use super::console::{Attachment, Console};
 use super::shared::{Life, Shared};
-use super::{archive, exec, verbs};
+use super::{archive, exec, save, verbs};
 use crate::launch::scaled_ms;
 use crate::store::WaitCondition;
 use crate::stream::wire::{Refusal, Reply, Request};
@@ -127,6 +127,10 @@ async fn answer(
             hold(shared, from, to);
             Ok(())
         }
+        Request::Save { draft } => match save::save(shared, &draft).await {
+            Ok(done) => reply(&mut to, &done).await,
+            Err(refusal) => refuse(to, from, shared, refusal).await,
+        },
         Request::Exec { config, attach } => exec::exec(shared, config, attach, from, to).await,
         Request::ArchiveOut { path, follow } => archive::read(shared, &path, follow, from, to).await,
         Request::ArchiveIn { path, options } => archive::write(shared, &path, options, from, to).await,

@@ -2,12 +2,12 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, RwLock, RwLockReadGuard, RwLockWriteGuard, watch};
 
 use super::console::Console;
 use super::run::Run;
 use crate::config::RestartPolicy;
-use crate::launch::TemplateShape;
+use crate::launch::MachineShape;
 use crate::state::{ContainerState, Status};
 use crate::store::FileLock;
 use crate::stream::wire::Refusal;
@@ -56,8 +56,10 @@ pub(super) struct Shared {
     /// The process does not end by signals: end the machine.
     pub(super) force: Notify,
     held: Mutex<Vec<tokio::net::UnixStream>>,
+    /// Held by whoever asks something of the agent that must not be half done when the machine is saved.
+    quiet: RwLock<()>,
     /// The template that the latest start lacked.
-    lacking: Mutex<Option<TemplateShape>>,
+    lacking: Mutex<Option<MachineShape>>,
 }
 
 fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -87,6 +89,7 @@ impl Shared {
             abandon: watch::channel(false).0,
             force: Notify::new(),
             held: Mutex::new(Vec::new()),
+            quiet: RwLock::new(()),
             lacking: Mutex::new(None),
         })
     }
@@ -116,6 +119,16 @@ impl Shared {
             tracing::warn!(%error, "configuration is not read again");
         }
         container.config().restart
+    }
+
+    /// Waits while the machine is saved, and keeps it from that. Not to be asked for twice by one task: a save may wait in between.
+    pub(super) async fn busy(&self) -> RwLockReadGuard<'_, ()> {
+        self.quiet.read().await
+    }
+
+    /// Waits until nobody is [`Shared::busy`], and has everybody wait.
+    pub(super) async fn alone(&self) -> RwLockWriteGuard<'_, ()> {
+        self.quiet.write().await
     }
 
     pub(super) fn phase(&self) -> watch::Receiver<Phase> {
@@ -187,12 +200,12 @@ impl Shared {
     }
 
     /// Remembers the template that a start lacked.
-    pub(super) fn set_lacking(&self, shape: Option<TemplateShape>) {
+    pub(super) fn set_lacking(&self, shape: Option<MachineShape>) {
         *held(&self.lacking) = shape;
     }
 
     /// The template that the latest start lacked.
-    pub(super) fn take_lacking(&self) -> Option<TemplateShape> {
+    pub(super) fn take_lacking(&self) -> Option<MachineShape> {
         held(&self.lacking).take()
     }
 

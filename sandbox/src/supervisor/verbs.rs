@@ -25,6 +25,7 @@ const KILL_MS: u64 = 10_000;
 
 /// Requests that one RPC answers.
 pub(super) async fn simple(shared: &Shared, request: Request) -> Result<Reply, Refusal> {
+    let _busy = shared.busy().await;
     let run = shared.running()?;
     match request {
         Request::Kill { signal } => kill(shared, signal).await?,
@@ -32,12 +33,12 @@ pub(super) async fn simple(shared: &Shared, request: Request) -> Result<Reply, R
         Request::Unpause => unpause(shared, &run).await?,
         Request::Update { resources } => update(&run, &resources).await?,
         Request::Top => {
-            let all = run.agent.rpc.list_processes(call(), &container(&run)).await;
+            let all = run.agent.rpc.list_processes(call(), &container_ref(&run)).await;
             let all = all.map_err(|error| refusal("ListProcesses", error))?;
             return Ok(Reply::Processes { processes: all.processes.into_iter().map(process).collect() });
         }
         Request::Stats => {
-            let stats = run.agent.rpc.stats(call(), &container(&run)).await;
+            let stats = run.agent.rpc.stats(call(), &container_ref(&run)).await;
             return Ok(Reply::Stats { stats: stats_of(stats.map_err(|error| refusal("Stats", error))?) });
         }
         Request::StatPath { path } => return Ok(Reply::Path { stat: stat_path(&run, &path).await? }),
@@ -46,11 +47,11 @@ pub(super) async fn simple(shared: &Shared, request: Request) -> Result<Reply, R
     Ok(Reply::Done)
 }
 
-fn refusal(call: &'static str, error: ttrpc::Error) -> Refusal {
+pub(super) fn refusal(call: &'static str, error: ttrpc::Error) -> Refusal {
     Refusal::new(rpc_error(call)(error).to_string())
 }
 
-fn container(run: &Run) -> ContainerRef {
+pub(super) fn container_ref(run: &Run) -> ContainerRef {
     ContainerRef { container_id: run.container_id.clone(), ..Default::default() }
 }
 
@@ -70,7 +71,7 @@ async fn pause(shared: &Shared, run: &Run) -> Result<(), Refusal> {
     if shared.status() == Status::Paused {
         return Err(Refusal::new(format!("container {} is already paused", shared.container().name())));
     }
-    let done = run.agent.rpc.pause_container(call(), &container(run)).await;
+    let done = run.agent.rpc.pause_container(call(), &container_ref(run)).await;
     done.map_err(|error| refusal("PauseContainer", error))?;
     shared.update(|state| {
         state.enter(Status::Paused);
@@ -82,7 +83,7 @@ async fn unpause(shared: &Shared, run: &Run) -> Result<(), Refusal> {
     if shared.status() != Status::Paused {
         return Err(Refusal::new(format!("container {} is not paused", shared.container().name())));
     }
-    let done = run.agent.rpc.resume_container(call(), &container(run)).await;
+    let done = run.agent.rpc.resume_container(call(), &container_ref(run)).await;
     done.map_err(|error| refusal("ResumeContainer", error))?;
     shared.update(|state| {
         state.enter(Status::Running);
@@ -172,6 +173,7 @@ pub(super) async fn stop(shared: &Shared, timeout_s: Option<u32>) {
         over(None).await;
         return;
     };
+    let busy = shared.busy().await;
     if shared.status() == Status::Paused
         && let Err(refusal) = unpause(shared, &run).await
     {
@@ -181,6 +183,7 @@ pub(super) async fn stop(shared: &Shared, timeout_s: Option<u32>) {
     if patience_s > 0 {
         // Signals that cannot be sent are no matter: SIGKILL follows.
         let _ = run.signal("", run.config.stop_signal).await;
+        drop(busy);
         shared.console().hurry();
         if over(Some(Duration::from_secs(u64::from(patience_s)))).await {
             return;

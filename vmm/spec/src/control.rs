@@ -56,10 +56,13 @@ pub enum Request {
         snapshot: SnapshotFds,
     },
     /// Write the machine to files; it must be paused, and stays so. Refused when a device has something that another machine cannot
-    /// take over: disks, shares, added memory, open vsock connections.
+    /// take over: shares, disks in bays, added memory. The content of disks is for the owner to keep as it is now. Connections stay with
+    /// this machine; whoever goes on from it is told that it has none.
     Save {
         /// Empty files, opened for writing.
         snapshot: SnapshotFds,
+        /// How long writing the memory may take, milliseconds: the guest stands still meanwhile.
+        limit_ms: u32,
     },
     /// Ask for the state and the boot timeline.
     State,

@@ -1,4 +1,4 @@
-//! What a template is made from. All of it must be the same in a machine that goes on from it; a hash of it is the template's name.
+//! What a saved machine is made from. All of it must be the same in a machine that goes on from it; a hash of it is a template's name.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -17,7 +17,7 @@ const MOST_MEM_MIB: u32 = 8192;
 
 /// The shape of a machine: what of it the guest learned when it booted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct TemplateShape {
+pub(crate) struct MachineShape {
     pub(super) vcpus: u8,
     pub(super) mem_mib: u32,
     pub(super) nets: usize,
@@ -35,7 +35,7 @@ struct FileFacts {
     changed_ns: i128,
 }
 
-/// All that a template depends on.
+/// All that a saved machine depends on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Inputs {
     format: u32,
@@ -47,7 +47,7 @@ pub(crate) struct Inputs {
     kernel: FileFacts,
     initramfs: FileFacts,
     cmdline: String,
-    shape: TemplateShape,
+    shape: MachineShape,
 }
 
 impl FileFacts {
@@ -65,7 +65,18 @@ impl FileFacts {
     }
 }
 
-impl TemplateShape {
+impl MachineShape {
+    /// The shape of the machine that is planned.
+    pub(crate) fn planned(plan: &GuestPlan) -> Self {
+        let disks = plan.disks.iter().map(|disk| (disk.id.to_owned(), disk.read_only)).collect();
+        Self { vcpus: plan.vcpus, mem_mib: plan.mem_mib, nets: plan.nets.len(), disks }
+    }
+
+    /// vCPUs, and memory of the machine, MiB.
+    pub(crate) fn size(&self) -> (u8, u32) {
+        (self.vcpus, self.mem_mib)
+    }
+
     /// The shape of the machine that is planned, or why it cannot start from a template.
     pub(crate) fn of(plan: &GuestPlan) -> Result<Self, &'static str> {
         if !plan.shares.is_empty() {
@@ -78,8 +89,7 @@ impl TemplateShape {
         } else if plan.mem_mib > MOST_MEM_MIB {
             Err("it has too much memory")
         } else {
-            let disks = plan.disks.iter().map(|disk| (disk.id.to_owned(), disk.read_only)).collect();
-            Ok(Self { vcpus: plan.vcpus, mem_mib: plan.mem_mib, nets: plan.nets.len(), disks })
+            Ok(Self::planned(plan))
         }
     }
 
@@ -88,7 +98,7 @@ impl TemplateShape {
         Self { mem_mib, ..self }
     }
 
-    /// With all else that a template of this shape depends on here and now.
+    /// With all else that a saved machine of this shape depends on here and now.
     pub(crate) fn inputs(&self, parts: &Parts) -> Result<Inputs, VmError> {
         let host_boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")
             .map_err(|source| VmError::Descriptor { what: "a name for this run of the host", source })?;
@@ -105,7 +115,20 @@ impl TemplateShape {
     }
 }
 
+#[cfg(test)]
+impl MachineShape {
+    /// A small one.
+    pub(crate) fn of_tests() -> Self {
+        Self { vcpus: 1, mem_mib: 64, nets: 1, disks: vec![("image".to_owned(), true)] }
+    }
+}
+
 impl Inputs {
+    /// The shape of the machine.
+    pub(crate) fn shape(&self) -> &MachineShape {
+        &self.shape
+    }
+
     /// Name of the template's folder. Two inputs of one name are told apart by the file in it.
     pub(super) fn name(&self) -> String {
         const BASIS: u64 = 0xcbf2_9ce4_8422_2325;
@@ -142,7 +165,7 @@ pub(super) mod tests {
         let parts = parts(dir.path());
         let mut plan = plan(dir.path());
         plan.kernel_args.clear();
-        let shape = TemplateShape::of(&plan).unwrap();
+        let shape = MachineShape::of(&plan).unwrap();
         let first = shape.inputs(&parts).unwrap();
         assert_eq!(first, shape.inputs(&parts).unwrap());
         for path in [&parts.vmm, &parts.kernel, &parts.initramfs] {
@@ -167,7 +190,7 @@ pub(super) mod tests {
             let mut plan = plan(dir.path());
             plan.kernel_args.clear();
             change(&mut plan);
-            TemplateShape::of(&plan).unwrap_err()
+            MachineShape::of(&plan).unwrap_err()
         };
         let share = SharePlan { name: "0".into(), source: "/".into(), read_only: true, live: false };
         assert!(refused(&|plan| plan.shares.push(share.clone())).contains("shares"));

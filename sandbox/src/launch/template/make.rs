@@ -4,9 +4,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use super::inputs::TemplateShape;
+use super::inputs::MachineShape;
 use super::mac_of;
 use super::store::{self, Maker};
 use crate::launch::guest::{Booted, Steps};
@@ -17,10 +17,8 @@ use crate::network::MTU;
 use crate::store::{UNPACK_PREFIX, new_id};
 use crate::{Home, SandboxError};
 
-/// How long the connection of the doorbell may take to be closed on both sides.
-const QUIET_MS: u64 = 5_000;
-/// How often that is looked at.
-const LOOK: Duration = Duration::from_millis(5);
+/// How long the writing of a machine's memory may take.
+const SAVE_MS: u64 = 30_000;
 /// How long other processes may take for templates that they make first.
 const MAKER_MS: u64 = 90_000;
 
@@ -36,7 +34,7 @@ fn blank_disk(read_only: bool) -> io::Result<File> {
 }
 
 /// Makes the template of a shape, unless it is there, another process makes one, or it has failed too often.
-pub(crate) async fn make(home: &Home, shape: &TemplateShape) -> Result<(), SandboxError> {
+pub(crate) async fn make(home: &Home, shape: &MachineShape) -> Result<(), SandboxError> {
     if store::is_hopeless(home, &shape.inputs(home.parts())?) {
         return Ok(());
     }
@@ -47,12 +45,12 @@ pub(crate) async fn make(home: &Home, shape: &TemplateShape) -> Result<(), Sandb
 }
 
 /// As [`make`], but waits for the other process: the template is there afterwards.
-pub(super) async fn make_or_wait(home: &Home, shape: &TemplateShape) -> Result<(), SandboxError> {
+pub(super) async fn make_or_wait(home: &Home, shape: &MachineShape) -> Result<(), SandboxError> {
     let maker = Maker::new(home, scaled_ms(MAKER_MS)).await?;
     make_by(&maker, home, shape).await
 }
 
-async fn make_by(maker: &Maker, home: &Home, shape: &TemplateShape) -> Result<(), SandboxError> {
+async fn make_by(maker: &Maker, home: &Home, shape: &MachineShape) -> Result<(), SandboxError> {
     let inputs = shape.inputs(home.parts())?;
     if store::has(home, &inputs) {
         return Ok(());
@@ -96,16 +94,8 @@ async fn make_by(maker: &Maker, home: &Home, shape: &TemplateShape) -> Result<()
     let mut guest = Booted::new(plan, home.parts(), &mut steps).await?;
     let saved = async {
         let (state, memory) = draft.files()?;
-        let deadline = Instant::now() + scaled_ms(QUIET_MS);
-        loop {
-            match guest.save(&state, &memory).await {
-                Ok(()) => return Ok(()),
-                Err(error) if Instant::now() >= deadline => return Err(SandboxError::from(error)),
-                // The doorbell's connection is being closed; the guest has its part in that.
-                Err(error) => tracing::debug!(%error, "not saved yet"),
-            }
-            tokio::time::sleep(LOOK).await;
-        }
+        let deadline = Instant::now() + scaled_ms(SAVE_MS);
+        guest.levers().save(&state, &memory, deadline, async { Ok(()) }).await
     };
     let saved = saved.await;
     guest.kill().await;

@@ -20,7 +20,7 @@ use std::fs::File;
 
 use hyper_protocol::rpc::agent::{ConfigureRequest, ConfigureResponse};
 
-pub(crate) use self::inputs::TemplateShape;
+pub(crate) use self::inputs::{Inputs, MachineShape};
 pub(crate) use self::make::make;
 use super::VmError;
 use super::guest::{Guest, Steps};
@@ -80,7 +80,7 @@ pub(crate) struct Started {
     pub(crate) guest: Guest,
     pub(crate) configured: ConfigureResponse,
     /// The template that would have been used, had there been one.
-    pub(crate) lacking: Option<TemplateShape>,
+    pub(crate) lacking: Option<MachineShape>,
 }
 
 /// Starts a machine and configures it: from a template if there is one that fits and works, else from its kernel.
@@ -91,7 +91,7 @@ pub(crate) async fn start(
     steps: &mut Steps,
 ) -> Result<Started, SandboxError> {
     let mode = TemplateMode::from_env()?;
-    let shape = match (mode, TemplateShape::of(&plan)) {
+    let shape = match (mode, MachineShape::of(&plan)) {
         (TemplateMode::Never, _) | (TemplateMode::Auto, Err(_)) => {
             return Ok(configured(home, plan, request, steps).await?);
         }
@@ -120,6 +120,18 @@ pub(crate) async fn start(
     }
     let started = configured(home, plan, request, steps).await?;
     Ok(Started { lacking: Some(shape), ..started })
+}
+
+/// Has a machine go on from one that was saved, and configures it; it is configured as one that was found so. When that fails, the machine
+/// has ended.
+pub(crate) async fn go_on(
+    home: &Home,
+    plan: GuestPlan,
+    saved: Template,
+    request: ConfigureRequest,
+    steps: &mut Steps,
+) -> Result<Started, SandboxError> {
+    Ok(configured(home, plan.going_on_from(saved), request, steps).await?)
 }
 
 /// Interfaces have the addresses that they were saved with, until they are given their own.

@@ -173,12 +173,12 @@ impl Draft {
 
 #[cfg(test)]
 mod tests {
-    use super::super::TemplateShape;
+    use super::super::MachineShape;
     use super::super::inputs::tests::parts;
     use super::*;
 
-    fn shape(mem_mib: u32) -> TemplateShape {
-        TemplateShape { vcpus: 1, mem_mib, nets: 1, disks: vec![("image".to_owned(), true)] }
+    fn shape(mem_mib: u32) -> MachineShape {
+        MachineShape::of_tests().with_mem_mib(mem_mib)
     }
 
     fn keep(home: &Home, inputs: &Inputs) {

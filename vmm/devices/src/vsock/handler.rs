@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -14,7 +15,8 @@ use super::connection::{Fetched, Phase};
 use super::request::{
     HEADER_BYTES, HOST_CID, Header, Key, Line, MAX_LINE_BYTES, NO_MORE, Op, TYPE_STREAM, parse_line,
 };
-use super::table::{Counters, HostSide, LISTENER, RX_KICK, TIMER, TX_KICK};
+use super::reset::{Progress, Reset};
+use super::table::{Counters, EVENT_KICK, HostSide, LISTENER, RX_KICK, TIMER, TX_KICK};
 use crate::chain::{self, Chain, Span};
 use crate::device::{ActivateError, ActiveQueue, GuestMem, Interrupt};
 use crate::note::Notes;
@@ -37,8 +39,8 @@ const EVENTS: usize = 64;
 pub(super) struct Queues {
     rx: ActiveQueue,
     tx: ActiveQueue,
-    /// Held for the transport reset event; nothing here sends one.
-    _event: Option<ActiveQueue>,
+    /// For the transport reset event, which a driver need not want to hear of.
+    event: Option<ActiveQueue>,
 }
 
 impl Queues {
@@ -53,7 +55,7 @@ impl Queues {
         let [rx, tx, event] = slots;
         let rx = rx.ok_or(ActivateError::MissingQueue(0))?;
         let tx = tx.ok_or(ActivateError::MissingQueue(1))?;
-        Ok(Self { rx, tx, _event: event })
+        Ok(Self { rx, tx, event })
     }
 }
 
@@ -65,6 +67,8 @@ pub(super) struct VsockHandler {
     interrupt: Arc<dyn Interrupt>,
     queues: Queues,
     side: HostSide,
+    /// What the driver has to be told first.
+    reset: Option<Reset>,
     resets: VecDeque<Key>,
     /// Payload room of the last guest buffer seen, bytes: how much to read ahead.
     room: usize,
@@ -81,17 +85,25 @@ impl VsockHandler {
         cid: u64,
         mem: GuestMem,
         interrupt: Arc<dyn Interrupt>,
-        queues: Queues,
-        side: HostSide,
+        mut queues: Queues,
+        mut side: HostSide,
     ) -> io::Result<Self> {
         side.watch(&queues.tx.kick, TX_KICK)?;
         side.watch(&queues.rx.kick, RX_KICK)?;
+        let due = side.counters.reset_due.load(Ordering::Relaxed);
+        let reset = queues.event.take().filter(|_| due).map(Reset::new);
+        match &reset {
+            Some(reset) => side.watch(reset.kick(), EVENT_KICK)?,
+            None if due => side.reset_is_done(),
+            None => {}
+        }
         Ok(Self {
             cid,
             mem,
             interrupt,
             queues,
             side,
+            reset,
             resets: VecDeque::new(),
             room: 4096 - HEADER_BYTES,
             scratch: vec![0; TURN_BYTES].into_boxed_slice(),
@@ -127,13 +139,31 @@ impl VsockHandler {
                     // Nonblocking; a lost race means that the kick was already seen.
                     let _ = self.queues.rx.kick.read();
                 }
+                EVENT_KICK => {}
                 LISTENER => self.side.accept(),
                 TIMER => self.expire(Instant::now()),
                 id => self.serve_stream(id, flags),
             }
         }
+        self.tell_reset()?;
         self.fill_rx()?;
         self.notify();
+        Ok(())
+    }
+
+    /// Goes on telling the driver that the connections that it believes in are gone.
+    fn tell_reset(&mut self) -> Result<(), virtio_queue::Error> {
+        let Some(reset) = &mut self.reset else { return Ok(()) };
+        match reset.advance(&self.mem)? {
+            Progress::Waits => {}
+            Progress::Tells => self.interrupt.used_queue(),
+            Progress::Done => {
+                // It is in the set, so this cannot fail.
+                let _ = self.side.unwatch(reset.kick());
+                self.reset = None;
+                self.side.reset_is_done();
+            }
+        }
         Ok(())
     }
 
@@ -212,9 +242,10 @@ impl VsockHandler {
         }
     }
 
-    /// Has the guest told that it has no such connection.
+    /// Has the guest told that it has no such connection. One that is yet to hear that it has none at all would take that for an end in
+    /// order.
     fn reset(&mut self, key: Key) {
-        if self.resets.len() < MAX_RESETS {
+        if self.reset.is_none() && self.resets.len() < MAX_RESETS {
             self.resets.push_back(key);
         }
     }

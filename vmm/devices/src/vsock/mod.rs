@@ -8,6 +8,7 @@ mod callers;
 mod connection;
 mod handler;
 mod request;
+mod reset;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -25,7 +26,7 @@ pub use self::callers::Callers;
 use self::handler::{Queues, VsockHandler};
 use self::table::Counters;
 use crate::device::{ActivateContext, ActivateError, Handler, VirtioDevice};
-use crate::state::StateError;
+use crate::state::{Reader, StateError, Writer};
 
 /// Largest size of the receive, transmit and event queue.
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
@@ -83,18 +84,36 @@ impl VirtioDevice for Vsock {
         Ok(vec![Box::new(handler)])
     }
 
-    /// All connections ended with the handler.
-    fn reset(&mut self) {}
+    /// All connections ended with the handler, and the driver knows that.
+    fn reset(&mut self) {
+        self.counters.reset_due.store(false, Ordering::Relaxed);
+    }
 
-    /// Nothing, and only without connections: a guest that is continued elsewhere must not believe in any. So it needs no reset of the
-    /// transport (5.10.6.7) either.
+    /// Whether the driver has connections, and which ports it may know. They stay here; where the guest goes on it is told that it has none
+    /// any more (5.10.6.7).
     fn save(&self) -> Result<Vec<u8>, StateError> {
-        match self.counters.open.load(Ordering::Relaxed) {
-            0 => Ok(Vec::new()),
-            open => {
-                Err(StateError::Unsaved { device: self.name(), why: format!("{open} connections are open") })
-            }
+        let open = self.counters.open.load(Ordering::Relaxed) > 0;
+        let mut to = Writer::default();
+        to.u8(u8::from(open || self.counters.reset_due.load(Ordering::Relaxed)));
+        to.u32(self.counters.next_port.load(Ordering::Relaxed));
+        Ok(to.done())
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        let mut from = Reader::new(state);
+        let due = match from.u8()? {
+            0 => false,
+            1 => true,
+            _ => return Err(StateError::Value { what: "connections" }),
+        };
+        let next_port = from.u32()?;
+        from.end()?;
+        if next_port < table::FIRST_HOST_PORT {
+            return Err(StateError::Value { what: "a port of the host" });
         }
+        self.counters.next_port.store(next_port, Ordering::Relaxed);
+        self.counters.reset_due.store(due, Ordering::Relaxed);
+        Ok(())
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

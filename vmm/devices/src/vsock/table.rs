@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
@@ -30,20 +30,25 @@ pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// How often deadlines are looked at while there are any.
 const TICK: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 /// First host port of connections from the host; below are those that guests connect to by convention.
-const FIRST_HOST_PORT: u32 = 1 << 30;
+pub(super) const FIRST_HOST_PORT: u32 = 1 << 30;
 
 /// Names in the event set.
 pub(super) const TX_KICK: u64 = 0;
 pub(super) const RX_KICK: u64 = 1;
 pub(super) const LISTENER: u64 = 2;
 pub(super) const TIMER: u64 = 3;
+pub(super) const EVENT_KICK: u64 = 4;
 const FIRST_CONNECTION: u64 = 16;
 
 /// What is counted since the device was made.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Counters {
     /// Connections that there are just now.
     pub(super) open: AtomicU64,
+    /// The driver believes in connections that are gone.
+    pub(super) reset_due: AtomicBool,
+    /// Host port of the next connection from the host: none is used again while a driver may remember it.
+    pub(super) next_port: AtomicU32,
     pub(super) connections: AtomicU64,
     pub(super) refused: AtomicU64,
     pub(super) bytes_to_guest: AtomicU64,
@@ -51,6 +56,23 @@ pub(super) struct Counters {
     pub(super) packets_to_guest: AtomicU64,
     pub(super) packets_from_guest: AtomicU64,
     pub(super) bad_packets: AtomicU64,
+}
+
+impl Default for Counters {
+    fn default() -> Self {
+        Self {
+            open: AtomicU64::new(0),
+            reset_due: AtomicBool::new(false),
+            next_port: AtomicU32::new(FIRST_HOST_PORT),
+            connections: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+            bytes_to_guest: AtomicU64::new(0),
+            bytes_from_guest: AtomicU64::new(0),
+            packets_to_guest: AtomicU64::new(0),
+            packets_from_guest: AtomicU64::new(0),
+            bad_packets: AtomicU64::new(0),
+        }
+    }
 }
 
 impl Counters {
@@ -79,13 +101,14 @@ pub(super) struct HostSide {
     pub(super) counters: Arc<Counters>,
     listener: UnixListener,
     listening: bool,
+    /// Nobody is connected for now.
+    held: bool,
     callers: Arc<Callers>,
     timer: OwnedFd,
     ticking: bool,
     connections: HashMap<u64, Connection>,
     by_key: HashMap<Key, u64>,
     next_id: u64,
-    next_port: u32,
     /// Connections that have something for the guest, each once.
     ready: VecDeque<u64>,
 }
@@ -97,11 +120,13 @@ impl Drop for HostSide {
 }
 
 impl HostSide {
+    /// When the driver has to hear of a reset first, nobody is connected before [`Self::reset_is_done`].
     pub(super) fn new(
         listener: UnixListener,
         callers: Arc<Callers>,
         counters: Arc<Counters>,
     ) -> io::Result<Self> {
+        let held = counters.reset_due.load(Ordering::Relaxed);
         let epoll = Epoll::new()?;
         let timer = rustix::time::timerfd_create(
             TimerfdClockId::Monotonic,
@@ -111,19 +136,28 @@ impl HostSide {
             epoll,
             counters,
             listener,
-            listening: true,
+            listening: !held,
+            held,
             callers,
             timer,
             ticking: false,
             connections: HashMap::new(),
             by_key: HashMap::new(),
             next_id: FIRST_CONNECTION,
-            next_port: FIRST_HOST_PORT,
             ready: VecDeque::new(),
         };
         side.watch(&side.timer, TIMER)?;
-        side.watch(&side.listener, LISTENER)?;
+        if !held {
+            side.watch(&side.listener, LISTENER)?;
+        }
         Ok(side)
+    }
+
+    /// The driver knows that it has no connections: from now on new ones are made.
+    pub(super) fn reset_is_done(&mut self) {
+        self.counters.reset_due.store(false, Ordering::Relaxed);
+        self.held = false;
+        self.listen();
     }
 
     /// Has the event set report `source` as `id` when it is readable.
@@ -131,7 +165,8 @@ impl HostSide {
         self.epoll.ctl(ControlOperation::Add, source.as_raw_fd(), EpollEvent::new(EventSet::IN, id))
     }
 
-    fn unwatch(&self, source: &impl AsRawFd) -> io::Result<()> {
+    /// The opposite of [`Self::watch`].
+    pub(super) fn unwatch(&self, source: &impl AsRawFd) -> io::Result<()> {
         self.epoll.ctl(ControlOperation::Delete, source.as_raw_fd(), EpollEvent::default())
     }
 
@@ -169,7 +204,7 @@ impl HostSide {
 
     /// Connects to a port of the host that the guest asked for. False when it is not served or there is no room.
     pub(super) fn connect(&mut self, key: Key, window: u32, forwarded: u32) -> bool {
-        if self.len() >= MAX_CONNECTIONS {
+        if self.held || self.len() >= MAX_CONNECTIONS {
             return false;
         }
         let Ok(stream) = self.callers.call(key.host_port) else { return false };
@@ -206,8 +241,10 @@ impl HostSide {
     /// The host's line named `port`: asks the guest.
     pub(super) fn request(&mut self, id: u64, port: u32) {
         let key = loop {
-            let key = Key { guest_port: port, host_port: self.next_port };
-            self.next_port = self.next_port.checked_add(1).unwrap_or(FIRST_HOST_PORT);
+            let host_port = self.counters.next_port.load(Ordering::Relaxed);
+            let key = Key { guest_port: port, host_port };
+            let next = host_port.checked_add(1).unwrap_or(FIRST_HOST_PORT);
+            self.counters.next_port.store(next, Ordering::Relaxed);
             if !self.by_key.contains_key(&key) {
                 break key;
             }
@@ -248,7 +285,7 @@ impl HostSide {
     }
 
     fn listen(&mut self) {
-        self.listening = self.watch(&self.listener, LISTENER).is_ok();
+        self.listening = !self.held && self.watch(&self.listener, LISTENER).is_ok();
     }
 
     /// Brings the event set and the ready list up to date with a connection. Returns its key when the guest is to be
@@ -323,7 +360,7 @@ impl HostSide {
             self.listen();
         }
         let waiting = self.connections.values().any(|c| c.deadline.is_some());
-        if !waiting && self.listening {
+        if !waiting && (self.listening || self.held) {
             self.set_timer(Timespec { tv_sec: 0, tv_nsec: 0 });
             self.ticking = false;
         }

@@ -1,6 +1,7 @@
 //! The device against a guest that is played here, over real Unix sockets.
 
 mod conversations;
+mod reset;
 
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
@@ -19,10 +20,12 @@ use super::handler::{MAX_PAYLOAD_BYTES, Queues, VsockHandler};
 use super::request::{HEADER_BYTES, Header, Key, NO_MORE, NO_SEND, Op, TYPE_STREAM};
 use super::table::{ANSWER_TIMEOUT, HostSide, MAX_CONNECTIONS};
 use super::{Callers, Vsock};
-use crate::device::{GuestMem, VirtioDevice};
+use crate::device::{ActiveQueue, GuestMem, VirtioDevice};
 use crate::mock::{CountingInterrupt, Driver, memory};
 
 const CID: u64 = 3;
+/// State of a device that has had no connections.
+const FRESH: &[u8] = &[0, 0, 0, 0, 0x40];
 const RX_BUFFERS: u64 = 0x10_0000;
 const RX_BUFFER_BYTES: u32 = 3000;
 const TX_BUFFERS: u64 = 0x40_0000;
@@ -50,10 +53,16 @@ struct Machine<'m> {
 
 impl<'m> Machine<'m> {
     fn new(mem: &'m GuestMem) -> Self {
+        Self::going_on(mem, FRESH, None)
+    }
+
+    /// From the device's state, with an event queue if there is to be one.
+    fn going_on(mem: &'m GuestMem, state: &[u8], events: Option<ActiveQueue>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(dir.path().join("v")).unwrap();
         let (service, far) = callers::tests::pair();
-        let device = Vsock::new(CID as u32, listener, Callers::new([(52, service)])).unwrap();
+        let mut device = Vsock::new(CID as u32, listener, Callers::new([(52, service)])).unwrap();
+        device.restore(state).unwrap();
         let rx = Driver::new(mem, GuestAddress(0), 256);
         let tx = Driver::new(mem, GuestAddress(0x1_0000), 256);
         let (rx_queue, rx_kick) = rx.active(0, true);
@@ -62,7 +71,7 @@ impl<'m> Machine<'m> {
         let listener = device.listener.try_clone().unwrap();
         let side =
             HostSide::new(listener, Arc::clone(&device.callers), Arc::clone(&device.counters)).unwrap();
-        let queues = Queues::take(vec![rx_queue, tx_queue]).unwrap();
+        let queues = Queues::take([rx_queue, tx_queue].into_iter().chain(events).collect()).unwrap();
         let handler = VsockHandler::new(CID, Arc::clone(mem), interrupt.clone(), queues, side).unwrap();
         Self {
             device,

@@ -75,7 +75,7 @@ pub(super) fn keep(mut from: impl AsyncRead + Unpin + Send + 'static, log: &Path
 }
 
 /// The last line of a file that says something; printable characters only, at most 200.
-pub(super) fn last_words(log: &Path) -> String {
+pub(crate) fn last_words(log: &Path) -> String {
     let bytes = std::fs::read(log).unwrap_or_default();
     let tail = bytes.get(bytes.len().saturating_sub(TAIL_BYTES)..).unwrap_or_default();
     let text = String::from_utf8_lossy(tail);

@@ -43,6 +43,7 @@ impl Home {
         for dir in [home.containers_dir(), home.volumes_dir(), home.dirs().run.clone()] {
             make_private_dir(&dir)?;
         }
+        crate::rootless::check_owner(&home.dirs().run)?;
         recover::recover(&home)?;
         Ok(home)
     }

@@ -26,6 +26,7 @@ mod nerdctl;
 mod network;
 mod options;
 mod pods;
+mod rootless;
 mod rude;
 mod run;
 mod services;

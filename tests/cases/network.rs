@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use hyper_tests::{Container, Far, NameServer, detached, host, hyper, wait_for};
 
 #[test]
-fn nginx_answers_on_a_published_port() {
+pub(crate) fn nginx_answers_on_a_published_port() {
     let container = detached("-p 8080:80 @nginx");
     let page = wait_for("nginx", || {
         let done = host("curl -s --max-time 20 http://127.0.0.1:8080/").done();
@@ -19,7 +19,7 @@ fn nginx_answers_on_a_published_port() {
 }
 
 #[test]
-fn port_in_use_is_said_and_undone() {
+pub(crate) fn port_in_use_is_said_and_undone() {
     let _first = detached("-p 8081:80 @busybox sleep 1000");
     hyper("run --name second -p 8081:80 @busybox true").fails(125).complains(&["8081"]);
     hyper("rm -f second").ok();
@@ -30,7 +30,7 @@ fn port_in_use_is_said_and_undone() {
 }
 
 #[test]
-fn containers_find_each_other_by_name() {
+pub(crate) fn containers_find_each_other_by_name() {
     let _server = Container::from(
         hyper("run -d --name server @busybox sh -c")
             .arg("mkdir /w; echo by name >/w/index.html; httpd -f -p 80 -h /w"),
@@ -61,18 +61,18 @@ pub(crate) fn the_way_out_is_masqueraded() {
 }
 
 /// What a connection to a closed port says when it gets there, and when a rule stops it.
-const REFUSED: &str = "Connection refused";
-const STOPPED: &str = "No route to host";
+pub(crate) const REFUSED: &str = "Connection refused";
+pub(crate) const STOPPED: &str = "No route to host";
 
 /// Tries a connection; nobody listens anywhere.
-fn tries(container: &Container, to: &str, expected: &str) {
+pub(crate) fn tries(container: &Container, to: &str, expected: &str) {
     let done = container.sh(&format!("nc -w 20 {to} </dev/null 2>&1"));
     let text = done.done().text();
     assert!(text.contains(expected), "{to}: {text:?}, not {expected:?}");
 }
 
 #[test]
-fn host_and_metadata_are_not_reached_unless_asked_for() {
+pub(crate) fn host_and_metadata_are_not_reached_unless_asked_for() {
     let _far = Far::new();
     let plain = detached("@busybox sleep 10000");
     let gateway = plain.field(".NetworkSettings.Gateway");
@@ -95,7 +95,7 @@ fn host_and_metadata_are_not_reached_unless_asked_for() {
 }
 
 #[test]
-fn rules_say_what_is_reached() {
+pub(crate) fn rules_say_what_is_reached() {
     let _far = Far::new();
     let neighbour = detached("@busybox sleep 10000");
     let walled =
@@ -129,7 +129,7 @@ fn rules_say_what_is_reached() {
 }
 
 #[test]
-fn names_are_reached_once_they_are_asked_for() {
+pub(crate) fn names_are_reached_once_they_are_asked_for() {
     let _far = Far::new();
     let server = NameServer::new(Ipv4Addr::new(192, 0, 2, 2));
     let flags = "--network bridge,egress=good.example:80,egress=*.wide.example";
@@ -144,7 +144,7 @@ fn names_are_reached_once_they_are_asked_for() {
 }
 
 #[test]
-fn nobody_takes_anothers_address() {
+pub(crate) fn nobody_takes_anothers_address() {
     let victim = detached("@busybox sleep 10000");
     let attacker = detached("--privileged @busybox sleep 10000");
     let own = attacker.field(".NetworkSettings.IPAddress");

@@ -72,7 +72,7 @@ pub enum NetworkError {
     #[error("this host's kernel has no bridges: load the module (modprobe bridge), or use --network none")]
     NoBridge,
     /// Not allowed.
-    #[error("no permission to {what} {name}: run as root, or use --network none")]
+    #[error("no permission to {what} {name}: `hyper doctor` says what is missing; or use --network none")]
     Permission {
         /// What was tried.
         what: &'static str,

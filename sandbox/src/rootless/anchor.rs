@@ -3,9 +3,8 @@
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 
 use rustix::process::Signal;
 use rustix::thread::UnshareFlags;
@@ -39,8 +38,8 @@ impl Anchor {
     /// Has the namespaces made.
     pub(super) fn start() -> Result<Self, String> {
         let failed = |error: io::Error| format!("cannot make namespaces: {error}");
-        let mut child = Command::new(super::THIS_PROGRAM)
-            .arg0("hyper")
+        let mut child = super::this_program()
+            .map_err(failed)?
             .args(["keep", "--anchor"])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

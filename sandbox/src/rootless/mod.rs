@@ -44,8 +44,6 @@ const LOG: &str = "keeper.log";
 const ENTER_MS: u64 = 10_000;
 /// Pause before a keeper that is just ending is looked for again.
 const RETRY: Duration = Duration::from_millis(5);
-/// This program, whatever has become of its path.
-const THIS_PROGRAM: &str = "/proc/self/exe";
 
 /// Why a user who is not root cannot have namespaces, or a network in them. Every message says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -91,8 +89,7 @@ pub fn is_needed() -> bool {
 /// # Errors
 /// When there is no namespace to be had; it does not come back otherwise.
 pub fn enter(dirs: &Dirs) -> Result<Infallible, SandboxError> {
-    make_private_dir(&dirs.run)?;
-    check_owner(&dirs.run)?;
+    make_run_dir(dirs)?;
     let (namespace, connection) = user_namespace(&dirs.run)?;
     let fail = |what| move |source: io::Error| RootlessError::Enter { what, source };
     move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::User))
@@ -100,9 +97,8 @@ pub fn enter(dirs: &Dirs) -> Result<Infallible, SandboxError> {
     // It goes on in the next program and its children: as long as one of them lives, the keeper does.
     rustix::io::fcntl_setfd(&connection, rustix::io::FdFlags::empty())
         .map_err(|error| fail("keep the connection to the keeper")(error.into()))?;
-    let mut args = std::env::args_os();
-    let mut command = Command::new(THIS_PROGRAM);
-    command.arg0(args.next().unwrap_or_else(|| "hyper".into())).args(args);
+    let mut command = this_program().map_err(fail("find this program"))?;
+    command.args(std::env::args_os().skip(1));
     command.env("HYPER_ROOT", &dirs.data).env("HYPER_RUN", &dirs.run).env(KEEPER_VAR, dirs.run.join(SOCKET));
     Err(fail("execute hyper in the user namespace")(command.exec()).into())
 }
@@ -121,6 +117,15 @@ pub fn try_namespaces() -> Result<(), String> {
 /// What to do.
 pub fn find_uplink() -> Result<PathBuf, String> {
     uplink::find().ok_or_else(|| uplink::MISSING.to_owned())
+}
+
+/// Makes the directory of sockets, and checks that it is this user's alone.
+///
+/// # Errors
+/// When it cannot be made, or is not.
+pub fn make_run_dir(dirs: &Dirs) -> Result<(), SandboxError> {
+    make_private_dir(&dirs.run)?;
+    Ok(check_owner(&dirs.run)?)
 }
 
 /// The keeper's socket, if this process is in the namespaces of one.
@@ -175,8 +180,8 @@ fn start_keeper(run: &Path, socket: &Path) -> Result<(), SandboxError> {
         UnixListener::bind(socket).map_err(|source| SandboxError::io("listen on", socket, source))?;
     let log = run.join(LOG);
     let file = File::create(&log).map_err(|source| SandboxError::io("make", &log, source))?;
-    let started = Command::new(THIS_PROGRAM)
-        .arg0("hyper")
+    let started = this_program()
+        .map_err(|source| SandboxError::io("find", "this program", source))?
         .arg("keep")
         .env("HYPER_RUN", run)
         .current_dir("/")
@@ -185,7 +190,12 @@ fn start_keeper(run: &Path, socket: &Path) -> Result<(), SandboxError> {
         .stderr(Stdio::from(file))
         .process_group(0)
         .spawn();
-    started.map(drop).map_err(|source| SandboxError::io("start", THIS_PROGRAM, source))
+    started.map(drop).map_err(|source| SandboxError::io("start", "the keeper", source))
+}
+
+/// This program once more.
+fn this_program() -> io::Result<Command> {
+    std::env::current_exe().map(Command::new)
 }
 
 /// Checks that a directory is the user's alone: in `/tmp` anybody can have been there before.

@@ -40,10 +40,10 @@ impl Home {
     /// When a directory cannot be made or read.
     pub fn open(dirs: Dirs, parts: Parts) -> Result<Self, SandboxError> {
         let home = Self::assume(dirs, parts);
-        for dir in [home.containers_dir(), home.volumes_dir(), home.dirs().run.clone()] {
+        for dir in [home.containers_dir(), home.volumes_dir()] {
             make_private_dir(&dir)?;
         }
-        crate::rootless::check_owner(&home.dirs().run)?;
+        crate::rootless::make_run_dir(home.dirs())?;
         recover::recover(&home)?;
         Ok(home)
     }

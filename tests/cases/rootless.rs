@@ -113,15 +113,19 @@ fn many_first_ones_have_one_keeper_and_users_are_strangers() {
     let first: Vec<_> =
         (0..3).map(|_| run(&one, &["run", "--rm", &busybox, "true"]).within(600).start()).collect();
     first.into_iter().for_each(|running| drop(running.done().code(0)));
-    let id = run(&one, &["run", "-d", "--name", "known", &busybox, "sleep", "1000"]).ok().text();
+    let start = |user: &User, name: &str| {
+        run(user, &["run", "-d", "--name", name, &busybox, "sleep", "1000"]).within(600).ok();
+        run(user, &["inspect", "--format", "{{.NetworkSettings.IPAddress}}", name]).ok().text()
+    };
+    let known = [start(&one, "known"), start(&one, "too")];
     assert_eq!((count(&one, "hyper keep$"), count(&one, "pasta")), (1, 1));
-    let ip = run(&one, &["inspect", "--format", "{{.NetworkSettings.IPAddress}}", &id]).ok().text();
-    run(&two, &["run", "-d", "--name", "other", &busybox, "sleep", "1000"]).within(600).ok();
+    let other = start(&two, "other");
     run(&two, &["ps", "-aq", "--format", "{{.Names}}"]).ok().says("other");
-    // Both users have the same network: the address that is not the other one's own.
-    let next = if ip.ends_with(".2") { "10.120.0.3" } else { "10.120.0.2" };
-    let reach = format!("nslookup known; ping -c 1 -W 5 {}", next);
-    run(&two, &["exec", "other", "sh", "-c", &reach]).fails(1);
+    // Both users have the same network, and not each other's.
+    let ip = known.iter().find(|ip| **ip != other).unwrap();
+    run(&one, &["exec", "known", "ping", "-c", "1", "-W", "20", ip]).ok();
+    run(&two, &["exec", "other", "sh", "-c", &format!("nslookup known || ping -c 1 -W 5 {ip}")]).fails(1);
+    run(&one, &["rm", "-f", "too"]).ok();
     // One who dies takes the way out along; what runs can be seen and stopped, and the next has a new one.
     host(&format!("pkill -KILL -u {} -f 'hyper keep$'", one.id)).ok();
     wait_for("the end of the way out", || (count(&one, "pasta") == 0).then_some(()));

@@ -23,8 +23,14 @@ fn main() -> ExitCode {
     };
     log_to_stderr(cli.debug);
     std::panic::set_hook(Box::new(give_up));
-    if let args::Verb::Supervise { id } = &cli.verb {
-        return finish(commands::supervise(id));
+    match &cli.verb {
+        args::Verb::Supervise { id } => return finish(commands::supervise(id)),
+        args::Verb::Keep { anchor } => return finish(commands::keep(*anchor)),
+        // While this process has one thread.
+        verb if verb.starts_machines() && hyper_sandbox::rootless::is_needed() => {
+            return finish(Err(commands::enter(verb)));
+        }
+        _ => {}
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,

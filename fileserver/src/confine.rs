@@ -1,11 +1,12 @@
 //! Taking everything away but the shares.
 //!
 //! ```text
-//! more open files -> clone the shares' mounts -> own namespaces -> empty tmpfs as root, shares in it -> pivot
+//! more open files -> own namespaces -> clone the shares' mounts -> empty tmpfs as root, shares in it -> pivot
 //!   -> few capabilities -> no new privileges, no dumps -> die with the parent -> few system calls
 //! ```
 //! The layers are those of every jail (`hyper_jail`); the order is its own, and it has no user namespace and stays root: files of the shares
-//! belong to the ids that the guest's users have. The shares are cloned before the root changes, so any path can be shared. Read-only is an attribute of the cloned mount: no request
+//! belong to the ids that the guest's users have. A user who is not root starts it in a user namespace, in which that user is root, and has
+//! no other ids: then all that is made belongs to that user. The shares are cloned before the root changes, so any path can be shared. Read-only is an attribute of the cloned mount: no request
 //! of the guest, whatever it believes about the mount, can write through it.
 
 use std::fs::File;
@@ -13,7 +14,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
-use hyper_jail::{JailError, UnshareFlags, limits, privileges, root};
+use hyper_jail::{JailError, UnshareFlags, ids, limits, privileges, root};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
 use rustix::mount::OpenTreeFlags;
 use rustix::process::{Resource, Rlimit};
@@ -71,29 +72,34 @@ pub(crate) struct View {
 
 /// Confines this process, which must have one thread. What it had open stays open.
 pub(crate) fn enter(spec: &FileServerSpec) -> Result<View, ConfineError> {
+    let alone = ids::is_alone()?;
     let guest_files = raise_open_files()?;
-    let trees: Result<Vec<_>, _> = spec.shares().iter().map(clone_share).collect();
-    let trees = trees?;
     let own = UnshareFlags::NEWNS
         | UnshareFlags::NEWNET
         | UnshareFlags::NEWIPC
         | UnshareFlags::NEWUTS
         | UnshareFlags::NEWCGROUP;
     hyper_jail::namespaces(own).map_err(step("make namespaces"))?;
+    // In a mount namespace of this user's, in which mounts can be cloned; it still follows what the host mounts.
+    let trees: Result<Vec<_>, _> = spec.shares().iter().map(clone_share).collect();
+    let trees = trees?;
     root::make_private().map_err(step("make mounts private"))?;
     let proc_self_fd =
         open("/proc/self/fd", OFlags::PATH | OFlags::DIRECTORY).map_err(step("open /proc/self/fd"))?;
     let mountinfo =
         open("/proc/self/mountinfo", OFlags::RDONLY).map_err(step("open /proc/self/mountinfo"))?;
     change_root(spec, trees)?;
-    rustix::thread::set_thread_groups(&[]).map_err(io::Error::from).map_err(step("leave all groups"))?;
+    if !alone {
+        // Who has a map of one group cannot: the kernel takes groups for limits, too.
+        rustix::thread::set_thread_groups(&[]).map_err(io::Error::from).map_err(step("leave all groups"))?;
+    }
     limits::set(Resource::Core, 0)?;
     privileges::keep_capabilities(privileges::FILE_SERVER)?;
     privileges::no_new_privileges()?;
     privileges::no_dumps()?;
     rustix::process::umask(Mode::empty());
     privileges::die_with_parent()?;
-    filter::apply()?;
+    filter::apply(alone)?;
     Ok(View { proc_self_fd: proc_self_fd.into(), mountinfo: mountinfo.into(), guest_files })
 }
 

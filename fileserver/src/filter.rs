@@ -2,7 +2,7 @@
 //! that should not run here gets nothing done.
 
 use hyper_jail::JailError;
-use hyper_jail::filter::{Call, Filter, Is, Otherwise, call};
+use hyper_jail::filter::{Call, Filter, Is, Otherwise, Probe, call};
 
 /// What the calls are for.
 const FILES: &str = "what the guest asks of its shares";
@@ -111,8 +111,26 @@ const CALLS: &[Call] = &[
         .only(&[&[(0, Is::Equal(OWN_DIRECTORY))]]),
 ];
 
-/// Restricts this thread and those that it makes from now on.
-pub(crate) fn apply() -> Result<(), JailError> {
+/// Calls that are not made, and answer that all is well: of a user who has but one id nobody becomes anybody else, and what the guest's users
+/// make belongs to that user.
+const NOBODY_ELSE: &[Probe] = &[
+    (libc::SYS_setresuid, 0, "virtiofsd, for the guest's users"),
+    (libc::SYS_setresgid, 0, "virtiofsd, for the guest's groups"),
+    (libc::SYS_setgroups, 0, "virtiofsd, for the guest's groups"),
+];
+/// The one id that there is, and what leaves an id as it is.
+const OWN: u32 = 0;
+const SAME: u32 = u32::MAX;
+/// To whom no file can be given then. Linux would say that the number makes no sense.
+const OTHERS: Call = call(libc::SYS_fchownat, "giving files away")
+    .only(&[&[(2, Is::Not(OWN)), (2, Is::Not(SAME))], &[(3, Is::Not(OWN)), (3, Is::Not(SAME))]]);
+
+/// Restricts this thread and those that it makes from now on. `alone`: there is but one user.
+pub(crate) fn apply(alone: bool) -> Result<(), JailError> {
+    if alone {
+        Filter::refusing(&OTHERS, libc::EPERM)?.apply()?;
+        return Filter::new(&[CALLS], NOBODY_ELSE, Otherwise::Missing)?.apply();
+    }
     Filter::new(&[CALLS], &[], Otherwise::Missing)?.apply()
 }
 
@@ -146,12 +164,36 @@ mod tests {
         // The filter binds this thread only, which ends with the test.
         std::thread::spawn(|| {
             rustix::thread::set_no_new_privs(true).unwrap();
-            apply().unwrap();
+            apply(false).unwrap();
             assert_eq!(std::thread::spawn(|| 7).join().unwrap(), 7);
             let socket = std::os::unix::net::UnixStream::pair();
             assert_eq!(socket.unwrap_err().raw_os_error(), Some(libc::ENOSYS));
             let child = std::process::Command::new("/bin/true").status();
             assert!(child.is_err());
+        })
+        .join()
+        .unwrap();
+    }
+
+    #[test]
+    fn of_a_user_nobody_becomes_anybody_and_nothing_is_given_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, "").unwrap();
+        std::thread::spawn(move || {
+            use rustix::fs::{AtFlags, CWD, Gid, Uid, chownat};
+            rustix::thread::set_no_new_privs(true).unwrap();
+            apply(true).unwrap();
+            let before = rustix::process::geteuid();
+            let other = Uid::from_raw(1234);
+            rustix::thread::set_thread_res_uid(other, other, other).unwrap();
+            assert_eq!(rustix::process::geteuid(), before);
+            let give = |user, group| {
+                chownat(CWD, &path, user, group, AtFlags::SYMLINK_NOFOLLOW).map_err(|e| e.raw_os_error())
+            };
+            assert_eq!(give(Some(other), None), Err(libc::EPERM));
+            assert_eq!(give(None, Some(Gid::from_raw(1234))), Err(libc::EPERM));
+            give(None, None).unwrap();
         })
         .join()
         .unwrap();

@@ -28,6 +28,8 @@ use crate::spec::{FileServerSpec, SpecError};
 enum MainError {
     #[error("bad use")]
     Spec(#[from] SpecError),
+    #[error(transparent)]
+    Inherited(#[from] hyper_jail::JailError),
     #[error("cannot confine the file server")]
     Confine(#[from] ConfineError),
     #[error("cannot serve")]
@@ -35,6 +37,7 @@ enum MainError {
 }
 
 fn run() -> Result<(), MainError> {
+    hyper_jail::close_inherited()?;
     let spec = FileServerSpec::from_args(std::env::args().skip(1))?;
     lines::start();
     let listener = serve::take_listener()?;

@@ -21,6 +21,8 @@ pub enum Is {
     With(u32),
     /// Has none of these bits.
     Without(u32),
+    /// Another number.
+    Not(u32),
     /// No pointer, in all its 64 bits.
     Null,
     /// The id of this process.
@@ -70,6 +72,7 @@ impl Call {
                 Is::Equal(value) => (SeccompCmpOp::Eq, value),
                 Is::With(bits) => (SeccompCmpOp::MaskedEq(bits.into()), bits),
                 Is::Without(bits) => (SeccompCmpOp::MaskedEq(bits.into()), 0),
+                Is::Not(value) => (SeccompCmpOp::Ne, value),
                 Is::Null => (SeccompCmpOp::Eq, 0),
                 Is::OwnProcess => (SeccompCmpOp::Eq, std::process::id()),
             };
@@ -119,6 +122,17 @@ impl Filter {
         program.extend(allow_any_arguments(&free));
         program.extend(allow(&checked, otherwise)?);
         Ok(Self(program))
+    }
+
+    /// Of one call, which gets an error where the checks of one of its cases hold. What else there is, other filters say.
+    ///
+    /// # Errors
+    /// As of [`Filter::new`].
+    pub fn refusing(call: &Call, error: i32) -> Result<Self, JailError> {
+        let rules = [(call.number, call.rules()?)].into_iter().collect();
+        let refused = SeccompAction::Errno(error.unsigned_abs());
+        let filter = SeccompFilter::new(rules, SeccompAction::Allow, refused, TargetArch::x86_64)?;
+        Ok(Self(filter.try_into()?))
     }
 
     /// Binds this thread, and those that it makes from now on, for good. Filters that are there already stay: a call must pass all.

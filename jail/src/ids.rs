@@ -26,7 +26,7 @@ const NEEDED: CapabilitySet = CapabilitySet::SYS_ADMIN
 pub enum Standing {
     /// It has root's power, and becomes this user and group of the host.
     Root(u32),
-    /// It has none, and stays its user in a user namespace that knows no ids.
+    /// It has none, or has it in a namespace of a user's who has no ids to give, and stays its user in a user namespace that knows no ids.
     User,
 }
 
@@ -37,7 +37,7 @@ impl Standing {
     /// What the kernel answers.
     pub fn current() -> Result<Self, JailError> {
         let held = rustix::thread::capabilities(None).map_err(step("ask for capabilities"))?;
-        if !held.effective.contains(NEEDED) {
+        if !held.effective.contains(NEEDED) || !has_ids()? {
             return Ok(Self::User);
         }
         let own = readlinkat(CWD, "/proc/self", Vec::new()).map_err(step("ask for the host's process id"))?;
@@ -45,6 +45,35 @@ impl Standing {
         let number = number.ok_or(io::ErrorKind::InvalidData);
         Ok(Self::Root(FIRST + number.map_err(|kind| step("understand /proc/self")(io::Error::from(kind)))?))
     }
+}
+
+/// Whether this user namespace knows one id only: that of a user who is not root, as which everything is done.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn is_alone() -> Result<bool, JailError> {
+    Ok(matches!(map()?.as_slice(), [(_, 1)]))
+}
+
+/// Whether the ids of nobody are known in this user namespace: they are on the host, and not in the namespace of a user who has but one.
+fn has_ids() -> Result<bool, JailError> {
+    Ok(map()?.iter().any(|(first, count)| *first <= FIRST && first.saturating_add(*count) >= FIRST + COUNT))
+}
+
+/// Which ids there are in this user namespace: first ones and how many.
+fn map() -> Result<Vec<(u32, u32)>, JailError> {
+    let text = std::fs::read_to_string("/proc/self/uid_map").map_err(step("ask which ids there are"))?;
+    Ok(parse_map(&text))
+}
+
+/// A line is the first id inside, the first outside, and how many.
+fn parse_map(text: &str) -> Vec<(u32, u32)> {
+    let range = |line: &str| {
+        let mut numbers = line.split_whitespace().map(|word| word.parse::<u32>().ok());
+        let (first, _, count) = (numbers.next()??, numbers.next()??, numbers.next()??);
+        Some((first, count))
+    };
+    text.lines().filter_map(range).collect()
 }
 
 /// Becomes a user of the host, with no other groups, and keeps the capabilities for the steps that follow.
@@ -66,5 +95,23 @@ pub(crate) fn enter_unmapped_namespace() -> Result<bool, JailError> {
         Ok(()) => Ok(true),
         Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => Ok(false),
         Err(error) => Err(step("make a user namespace")(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn maps_are_read() {
+        assert_eq!(parse_map("         0          0 4294967295\n"), [(0, u32::MAX)]);
+        assert_eq!(parse_map("0 1000 1\n1 100000 65536\n"), [(0, 1), (1, 65536)]);
+        assert_eq!(parse_map("0 0\nx 0 1\n\n"), []);
+    }
+
+    #[test]
+    fn the_host_has_ids_for_nobody() {
+        // Or these tests run in a container that has few.
+        assert!(has_ids().unwrap() || map().unwrap().iter().all(|(_, count)| *count < u32::MAX));
     }
 }

@@ -1,6 +1,6 @@
 //! What a process has left, as the kernel says, beside what it should have. For the owner, outside of the jail.
 //!
-//! Nothing here asks the process: everything is read from its folder in `/proc`, which needs root's power.
+//! Nothing here asks the process: everything is read from its folder in `/proc`, which needs root's power, or that of the user who owns it.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -43,15 +43,16 @@ const KERNEL_THREADS: &str = "kvm-";
 struct Process {
     folder: PathBuf,
     status: BTreeMap<String, String>,
+    owner: u32,
 }
 
-/// Looks at a process.
+/// Looks at a process of the user `owner`. Where that is not root, no ids can be given up, and the promise is another.
 ///
 /// # Errors
 /// It has ended, or may not be looked at.
-pub fn look(pid: u32, role: Role) -> io::Result<Vec<Finding>> {
+pub fn look(pid: u32, role: Role, owner: u32) -> io::Result<Vec<Finding>> {
     let folder = PathBuf::from(format!("/proc/{pid}"));
-    let process = Process { status: fields(&fs::read_to_string(folder.join("status"))?), folder };
+    let process = Process { status: fields(&fs::read_to_string(folder.join("status"))?), folder, owner };
     let mut findings = vec![process.namespaces(role)?, process.ids(role)];
     findings.extend(process.capabilities(role));
     findings.extend([
@@ -91,7 +92,8 @@ impl Process {
             let ours = fs::read_link(format!("/proc/self/ns/{name}"))?;
             if theirs == ours { shared.push(name) } else { own.push(name) }
         }
-        let allowed: &[&str] = if role == Role::FileServer { &["user"] } else { &[] };
+        let roots = role == Role::FileServer && self.owner == 0;
+        let allowed: &[&str] = if roots { &["user"] } else { &[] };
         let mut found = format!("own {}", own.join(" "));
         if !shared.is_empty() {
             found.push_str(&format!("; the host's {}", shared.join(" ")));
@@ -106,19 +108,27 @@ impl Process {
             let first = numbers.next().unwrap_or(0);
             (ids::FIRST..ids::FIRST + ids::COUNT).contains(&first) && numbers.all(|id| id == first)
         };
-        let mapped = fs::read_to_string(self.folder.join("uid_map")).unwrap_or_default();
-        let unmapped = mapped.trim().is_empty();
-        let holds = match role {
-            Role::Vmm => nobodys(users) && users == groups && unmapped,
-            Role::FileServer => true,
-        } && self.field("Groups").is_empty();
         let spaced = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
-        let map = if unmapped { "; no id is mapped" } else { "" };
-        Finding {
-            layer: "ids",
-            found: format!("user {}, group {}{map}", spaced(users), spaced(groups)),
-            holds,
+        let mapped = spaced(&fs::read_to_string(self.folder.join("uid_map")).unwrap_or_default());
+        let others = spaced(self.field("Groups"));
+        let owners = || users.split_whitespace().all(|word| word == self.owner.to_string());
+        let holds = match (role, self.owner) {
+            (Role::Vmm, 0) => nobodys(users) && users == groups && mapped.is_empty() && others.is_empty(),
+            (Role::FileServer, 0) => others.is_empty(),
+            // A user's other groups cannot be given up.
+            (Role::Vmm, _) => owners() && mapped.is_empty(),
+            (Role::FileServer, owner) => owners() && mapped == format!("0 {owner} 1"),
+        };
+        let mut found = format!("user {}, group {}", spaced(users), spaced(groups));
+        if !others.is_empty() {
+            found.push_str(&format!(", other groups {others}"));
         }
+        if mapped.is_empty() {
+            found.push_str("; no id is mapped");
+        } else if self.owner != 0 {
+            found.push_str(&format!("; of ids {mapped} is mapped"));
+        }
+        Finding { layer: "ids", found, holds }
     }
 
     fn capabilities(&self, role: Role) -> Vec<Finding> {
@@ -226,8 +236,13 @@ impl Process {
         Ok(Finding { layer: "descriptors", found: found.join(", "), holds })
     }
 
-    /// A process that may not be dumped belongs to root in `/proc`, whoever it runs as.
+    /// A process that may not be dumped belongs to root in `/proc`, whoever it runs as: to the root of the user namespace in which its program
+    /// was started. Of a user who is not root that is the same user, so it makes no difference to be seen.
     fn dumps(&self) -> io::Result<Finding> {
+        if self.owner != 0 {
+            let found = "cannot be told from outside of a user's own process".to_owned();
+            return Ok(Finding { layer: "dumps", found, holds: true });
+        }
         let owner = fs::metadata(self.folder.join("stat"))?.uid();
         let held = owner == 0 && !self.field("Uid").starts_with("0\t");
         let found = if held { "not to be dumped" } else { "may be dumped" };
@@ -306,7 +321,7 @@ mod tests {
 
     #[test]
     fn a_process_without_a_jail_is_seen_to_have_none() {
-        let findings = look(std::process::id(), Role::Vmm).unwrap();
+        let findings = look(std::process::id(), Role::Vmm, 0).unwrap();
         let holds = |layer| findings.iter().find(|finding| finding.layer == layer).unwrap().holds;
         for layer in ["namespaces", "ids", "root", "limits", "dumps", "filters of system calls"] {
             assert!(!holds(layer), "{layer}: {findings:#?}");

@@ -107,9 +107,9 @@ pub fn close(network: Network) -> Result<(), JailError> {
     for ((_, most), resource) in LIMITS.into_iter().zip(RESOURCES) {
         limits::set(resource, most)?;
     }
+    // Counted by user: of this one there will be no other, or it is counted anew in its user namespace (since Linux 5.14).
+    limits::set(Resource::Nproc, TASKS)?;
     if let Standing::Root(id) = standing {
-        // Counted by user, of whom there is but one.
-        limits::set(Resource::Nproc, TASKS)?;
         ids::become_user(id)?;
         // Where there are no user namespaces there is none to be made below this process either.
         let _unmapped = ids::enter_unmapped_namespace()?;

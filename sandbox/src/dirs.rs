@@ -15,16 +15,17 @@ pub struct Dirs {
 
 impl Dirs {
     /// `HYPER_ROOT` and `HYPER_RUN`; else `/var/lib/hyper` and `/run/hyper` for root, and `$XDG_DATA_HOME/hyper` (`~/.local/share/hyper`)
-    /// and `$XDG_RUNTIME_DIR/hyper` (`<data>/run`) for others.
+    /// and `$XDG_RUNTIME_DIR/hyper` (`/tmp/hyper-UID`) for others.
     #[must_use]
     pub fn from_env() -> Self {
         Self::from_lookup(
             &|name| std::env::var_os(name).map(PathBuf::from),
-            rustix::process::geteuid().is_root(),
+            rustix::process::geteuid().as_raw(),
         )
     }
 
-    fn from_lookup(var: &dyn Fn(&str) -> Option<PathBuf>, root: bool) -> Self {
+    fn from_lookup(var: &dyn Fn(&str) -> Option<PathBuf>, user: u32) -> Self {
+        let root = user == 0;
         let var = |name: &str| var(name).filter(|path| path.is_absolute());
         let data = var("HYPER_ROOT").unwrap_or_else(|| {
             if root {
@@ -37,7 +38,8 @@ impl Dirs {
             if root {
                 return PathBuf::from("/run/hyper");
             }
-            var("XDG_RUNTIME_DIR").map_or_else(|| data.join("run"), |dir| dir.join("hyper"))
+            let own = || PathBuf::from(format!("/tmp/hyper-{user}"));
+            var("XDG_RUNTIME_DIR").map_or_else(own, |dir| dir.join("hyper"))
         });
         Self { data, run }
     }
@@ -101,27 +103,27 @@ impl Parts {
 mod tests {
     use super::*;
 
-    fn dirs(pairs: &[(&str, &str)], root: bool) -> (String, String) {
+    fn dirs(pairs: &[(&str, &str)], user: u32) -> (String, String) {
         let look = |name: &str| pairs.iter().find(|(n, _)| *n == name).map(|(_, v)| PathBuf::from(v));
-        let dirs = Dirs::from_lookup(&look, root);
+        let dirs = Dirs::from_lookup(&look, user);
         (dirs.data.display().to_string(), dirs.run.display().to_string())
     }
 
     #[test]
     fn root_and_users_have_their_own_places() {
-        assert_eq!(dirs(&[], true), ("/var/lib/hyper".into(), "/run/hyper".into()));
+        assert_eq!(dirs(&[], 0), ("/var/lib/hyper".into(), "/run/hyper".into()));
         let user = [("HOME", "/home/u"), ("XDG_RUNTIME_DIR", "/run/user/7")];
-        assert_eq!(dirs(&user, false), ("/home/u/.local/share/hyper".into(), "/run/user/7/hyper".into()));
+        assert_eq!(dirs(&user, 7), ("/home/u/.local/share/hyper".into(), "/run/user/7/hyper".into()));
         assert_eq!(
-            dirs(&[("HOME", "/home/u")], false),
-            ("/home/u/.local/share/hyper".into(), "/home/u/.local/share/hyper/run".into())
+            dirs(&[("HOME", "/home/u")], 7),
+            ("/home/u/.local/share/hyper".into(), "/tmp/hyper-7".into())
         );
     }
 
     #[test]
     fn environment_wins_unless_relative() {
-        assert_eq!(dirs(&[("HYPER_ROOT", "/a"), ("HYPER_RUN", "/b")], true), ("/a".into(), "/b".into()));
-        assert_eq!(dirs(&[("HYPER_ROOT", "a")], true).0, "/var/lib/hyper");
+        assert_eq!(dirs(&[("HYPER_ROOT", "/a"), ("HYPER_RUN", "/b")], 0), ("/a".into(), "/b".into()));
+        assert_eq!(dirs(&[("HYPER_ROOT", "a")], 0).0, "/var/lib/hyper");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use crate::config::ConfigError;
 use crate::launch::VmError;
 use crate::network::NetworkError;
+use crate::rootless::RootlessError;
 use crate::storage::StorageError;
 
 /// Why an operation on the home, a container or a volume failed.
@@ -134,6 +135,9 @@ pub enum SandboxError {
     /// The host's network could not be set up.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// A user who is not root cannot have namespaces, or a network.
+    #[error(transparent)]
+    Rootless(#[from] RootlessError),
     /// A disk could not be made.
     #[error(transparent)]
     Storage(#[from] StorageError),

@@ -25,6 +25,8 @@ mod logs;
 mod network;
 mod oci;
 pub mod pod;
+pub mod rootless;
+mod rtnetlink;
 mod sockets;
 mod state;
 mod storage;
@@ -46,6 +48,7 @@ pub use error::{SandboxError, StartError};
 pub use launch::{Compression, LayerBlob, UnpackProgress, Unpacked, VmError};
 pub use logs::{LogEntry, LogOptions, LogSource, LogStream};
 pub use network::NetworkError;
+pub use rootless::RootlessError;
 pub use state::{BootTimeline, ContainerState, NetworkState, ResolvedPort, Status};
 pub use storage::StorageError;
 pub use store::{

@@ -1,15 +1,19 @@
 //! What has no safe wrapper: TAP and bridge ioctls, attributes of mounts, and what a child does before it is another program.
-// UNSAFETY: ioctl, syscall, dup2 and pre_exec are unsafe by signature; all are called with plain values only.
+// UNSAFETY: ioctl, syscall, dup2, pre_exec and tokio's registration of a descriptor are unsafe by signature; all are called with plain values only.
 #![expect(
     unsafe_code,
     reason = "TUNSETIFF, TUNSETOFFLOAD, bridge ioctls, mount_setattr, dup2 and pre_exec have no safe wrapper in rustix or std"
 )]
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::process::{Signal, getpid, getppid, set_parent_process_death_signal};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// Makes a bridge (linux/sockios.h; not in libc for Linux).
 const SIOCBRADDBR: libc::Ioctl = 0x89a0;
@@ -180,6 +184,25 @@ pub(crate) fn enter_cgroups(command: &mut tokio::process::Command, entrances: Ve
     };
     // SAFETY: the closure runs between fork and exec: it makes system calls and touches only its captured descriptors; it allocates
     // nothing and takes no lock.
+    unsafe {
+        command.pre_exec(in_child);
+    }
+}
+
+/// Waits for a socket that has no type of its own in tokio.
+pub(crate) fn watch_readable(socket: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: the descriptor is owned by the value that is moved in and never replaced, so the number stays the same open socket for as long
+    // as it is registered.
+    unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) }.map_err(Into::into)
+}
+
+/// Makes the child enter a network namespace before it is another program.
+pub(crate) fn enter_network(command: &mut tokio::process::Command, namespace: Arc<OwnedFd>) {
+    let in_child = move || -> io::Result<()> {
+        Ok(move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?)
+    };
+    // SAFETY: the closure runs between fork and exec: it makes one system call and touches only its captured descriptor; it neither
+    // allocates nor takes a lock.
     unsafe {
         command.pre_exec(in_child);
     }

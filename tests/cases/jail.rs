@@ -44,7 +44,7 @@ fn count(log: &str, variant: &str) -> Option<[u32; 5]> {
 }
 
 #[test]
-fn a_vmm_in_the_guests_hands_gets_nowhere() {
+pub(crate) fn a_vmm_in_the_guests_hands_gets_nowhere() {
     let _host = Host::listen().unwrap();
     let scratch = Scratch::new();
     let prefix = given("HYPER_TEST_PREFIX");
@@ -101,7 +101,7 @@ fn doctor(container: &Container) -> (bool, Vec<serde_json::Value>) {
 }
 
 #[test]
-fn doctor_shows_the_jail_of_each_process() {
+pub(crate) fn doctor_shows_the_jail_of_each_process() {
     let scratch = Scratch::new();
     let share = format!("{}:/shared", scratch.path().display());
     let container = Container::from(hyper("run -d -v").args(&[&share, &image("busybox"), "sleep", "1000"]));
@@ -141,7 +141,7 @@ fn two_vmms_share_no_user() {
 }
 
 #[test]
-fn doctor_sees_a_process_without_a_jail() {
+pub(crate) fn doctor_sees_a_process_without_a_jail() {
     let container = detached("@busybox sleep 1000");
     let pid = container.field(".State.Pid");
     // A limit is the one layer that can be taken away from outside.

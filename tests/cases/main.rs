@@ -29,6 +29,7 @@ mod network;
 mod options;
 mod pods;
 mod power;
+mod rootless;
 mod rude;
 mod run;
 mod services;

@@ -3,7 +3,7 @@
 use hyper_tests::{Terminal, hyper};
 
 #[test]
-fn shell_has_job_control() {
+pub(crate) fn shell_has_job_control() {
     let terminal = Terminal::start("run --rm -it @busybox sh");
     terminal.wait_for("#");
     terminal.enter("sleep 1000");

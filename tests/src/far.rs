@@ -1,17 +1,31 @@
 //! Somewhere else: a network behind the host, in a namespace of its own, and a name server for it.
 
-use std::net::{Ipv4Addr, UdpSocket};
+use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
 use crate::host;
+use crate::user::acting;
 
 /// A host of others, at 192.0.2.1, 192.0.2.2 and where clouds have their metadata. Ports are closed, so a connection that arrives is
-/// refused, and one that a rule stops is not. Gone when this is dropped.
+/// refused, and one that a rule stops is not. For a user who is not root ports 80 to 82 are open, there and on the host's loopback: pasta of
+/// Debian 12 does not pass on that a connection is refused. Gone when this is dropped.
 #[derive(Debug)]
 pub struct Far(());
+
+/// Ports that are open for a user.
+const OPEN: std::ops::RangeInclusive<u16> = 80..=82;
+
+/// What `nc -w SECONDS ADDRESS PORT </dev/null 2>&1 && echo open` says when a connection has arrived.
+#[must_use]
+pub fn arrived() -> &'static str {
+    if acting().is_some() { "open" } else { "Connection refused" }
+}
 
 impl Far {
     /// Makes it.
@@ -28,6 +42,10 @@ impl Far {
              && ip -n far link set lo up && ip route add 169.254.169.254/32 via 192.0.2.1",
         )
         .ok();
+        if acting().is_some() {
+            listen(Ipv4Addr::LOCALHOST, None);
+            listen(Ipv4Addr::UNSPECIFIED, Some("/run/netns/far"));
+        }
         Self(())
     }
 }
@@ -42,6 +60,22 @@ impl Drop for Far {
     fn drop(&mut self) {
         // Its end of the pair takes the host's with it.
         drop(host("ip netns del far; ip link del far0").done());
+    }
+}
+
+/// Takes connections, and closes them, as long as the case runs.
+fn listen(address: Ipv4Addr, netns: Option<&'static str>) {
+    let thread = std::thread::spawn(move || -> std::io::Result<Vec<TcpListener>> {
+        if let Some(netns) = netns {
+            let kind = Some(LinkNameSpaceType::Network);
+            move_into_link_name_space(std::fs::File::open(netns)?.as_fd(), kind)?;
+        }
+        OPEN.map(|port| TcpListener::bind((address, port))).collect()
+    });
+    let listeners = thread.join().map(Result::unwrap_or_default).unwrap_or_default();
+    assert_eq!(listeners.len(), OPEN.count(), "nobody can listen at {address}");
+    for listener in listeners {
+        std::thread::spawn(move || listener.incoming().for_each(drop));
     }
 }
 

@@ -23,6 +23,7 @@ mod server;
 mod shim;
 mod templates;
 mod terminal;
+mod user;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -35,7 +36,7 @@ pub use containerd::{
 };
 pub use crictl::Crictl;
 pub use docker::Docker;
-pub use far::{Far, NameServer};
+pub use far::{Far, NameServer, arrived};
 pub use installer::installer_archive;
 pub use machine::{Footprint, Machine, Service, Wire};
 pub use nerdctl::Nerdctl;
@@ -43,10 +44,12 @@ pub use pods::{Pod, PodSpec};
 pub use program::{Done, Run, Running, VICTIMS, from_template, host, hyper, left_over};
 pub use registry::{AUTH_REGISTRY, REGISTRY, SECRET, USER, image, registry, registry_with_password};
 pub use scratch::Scratch;
+pub(crate) use scratch::scratch_base;
 pub use server::answers_on;
 pub use shim::field;
 pub use templates::{booted, cut, garble, templates};
 pub use terminal::Terminal;
+pub use user::{User, as_user};
 
 /// Ten times what a start needs on hardware, because the processor here is emulated.
 pub const DEADLINE: Duration = Duration::from_secs(180);

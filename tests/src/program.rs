@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
-use crate::{DEADLINE, given, image};
+use crate::{DEADLINE, given, image, user};
 
 /// Longest part of an output that a failure shows.
 const SHOWN_BYTES: usize = 4000;
@@ -31,8 +31,10 @@ pub fn from_template(case: fn()) {
 /// Arguments with spaces in them follow with [`Run::arg`].
 #[must_use]
 pub fn hyper(words: &str) -> Run {
-    let program = given("HYPER_TEST_PREFIX").join("bin/hyper");
-    let mut run = Run::new(&program.to_string_lossy());
+    let mut run = match user::acting() {
+        Some(user) => user.hyper(),
+        None => Run::new(&given("HYPER_TEST_PREFIX").join("bin/hyper").to_string_lossy()),
+    };
     if let Some(mode) = TEMPLATE.get() {
         run = run.env("HYPER_TEMPLATE", mode);
     }
@@ -48,7 +50,11 @@ pub fn hyper(words: &str) -> Run {
 /// A shell command on the host.
 #[must_use]
 pub fn host(script: &str) -> Run {
-    Run::new("bash").arg("-c").arg(script)
+    let run = Run::new("bash").arg("-c").arg(script);
+    match user::acting() {
+        Some(user) => run.env("HYPER_ROOT", user.data()),
+        None => run,
+    }
 }
 
 /// Who is killed, by the command that finds it. `$cli` is the process of the command line, `$id` the container's id.
@@ -77,7 +83,7 @@ pub struct Run {
 }
 
 impl Run {
-    fn new(program: &str) -> Self {
+    pub(crate) fn new(program: &str) -> Self {
         let mut command = Command::new(program);
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).stdin(Stdio::piped());
         Self { command, stdin: Vec::new(), deadline: DEADLINE }
@@ -104,11 +110,32 @@ impl Run {
         self
     }
 
+    /// Not this variable of ours.
+    #[must_use]
+    pub fn without(mut self, key: &str) -> Self {
+        self.command.env_remove(key);
+        self
+    }
+
     /// State of its own instead of the one that the cases share: images are pulled anew, containers are unknown.
     #[must_use]
     pub fn state(self, folder: &Path) -> Self {
         let run = folder.join("run");
         self.env("HYPER_ROOT", folder.join("data")).env("HYPER_RUN", run)
+    }
+
+    /// As a shell reads it; no word of it needs quotes.
+    pub(crate) fn shell(&self) -> String {
+        let mut words = vec!["env".to_owned()];
+        for (key, value) in self.command.get_envs() {
+            let key = key.to_string_lossy();
+            words.push(match value {
+                Some(value) => format!("{key}={}", value.to_string_lossy()),
+                None => format!("--unset={key}"),
+            });
+        }
+        words.push(line(&self.command));
+        words.join(" ")
     }
 
     /// What standard input holds before it ends.

@@ -5,6 +5,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+/// Where there is room.
+pub(crate) fn scratch_base() -> PathBuf {
+    std::env::var_os("HYPER_TEST_SCRATCH").map_or_else(std::env::temp_dir, PathBuf::from)
+}
+
 /// A folder of a case's own, on the scratch disk.
 #[derive(Debug)]
 pub struct Scratch(PathBuf);
@@ -19,8 +24,7 @@ impl Scratch {
     pub fn new() -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        let base = std::env::var_os("HYPER_TEST_SCRATCH").map_or_else(std::env::temp_dir, PathBuf::from);
-        let path = base.join(format!("case-{}-{number}", std::process::id()));
+        let path = scratch_base().join(format!("case-{}-{number}", std::process::id()));
         if let Err(error) = fs::create_dir_all(&path) {
             panic!("creating {}: {error}", path.display());
         }

@@ -2,8 +2,8 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::program::{Run, host};
-use crate::{given, image, wait_for};
+use crate::program::{Run, host, hyper};
+use crate::{image, wait_for};
 
 /// A terminal with a command in it; ended when dropped.
 #[derive(Debug)]
@@ -22,8 +22,7 @@ impl Terminal {
             .split_whitespace()
             .map(|word| word.strip_prefix('@').map_or_else(|| word.to_owned(), image))
             .collect();
-        let program = given("HYPER_TEST_PREFIX").join("bin/hyper");
-        let line = format!("{} {}; echo ended with $?; exec sleep 1000", program.display(), words.join(" "));
+        let line = format!("{} {}; echo ended with $?; exec sleep 1000", hyper("").shell(), words.join(" "));
         terminal.tmux(&["-f", "/dev/null", "new-session", "-d", "-x", "80", "-y", "24", &line]).ok();
         terminal
     }

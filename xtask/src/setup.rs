@@ -33,6 +33,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("libelf-dev", "/usr/include/libelf.h"),
     ("make", "/usr/bin/make"),
     ("nftables", "/usr/sbin/nft"),
+    ("passt", "/usr/bin/pasta"),
     ("procps", "/usr/bin/pgrep"),
     ("qemu-system-x86", "/usr/bin/qemu-system-x86_64"),
     ("runc", "/usr/sbin/runc"),

@@ -108,6 +108,28 @@ pub(crate) enum Verb {
         /// Full id of the container.
         id: String,
     },
+    /// Keep the namespaces of a user who is not root (started by the first command of that user)
+    #[command(hide = true)]
+    Keep {
+        /// Make them, and stay in them.
+        #[arg(long)]
+        anchor: bool,
+    },
+}
+
+impl Verb {
+    /// Whether it starts machines, or processes that do.
+    pub(crate) fn starts_machines(&self) -> bool {
+        matches!(
+            self,
+            Self::Run(_)
+                | Self::Create(_)
+                | Self::Start(_)
+                | Self::Restart(_)
+                | Self::Pull(_)
+                | Self::Load(_)
+        )
+    }
 }
 
 /// Flags of `install`.

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
-use hyper_sandbox::{Dirs, Parts};
+use hyper_sandbox::{Dirs, Parts, rootless};
 use serde::Deserialize;
 use serde_json::json;
 use tokio::process::Command;
@@ -15,6 +15,8 @@ use crate::output;
 
 /// How long one probe may take. The slowest runs a hundred thousand emulated instructions twice: 0.2 s.
 const PROBE_PATIENCE: Duration = Duration::from_secs(20);
+/// Where virtual machines come from.
+const KVM: &str = "/dev/kvm";
 /// Free space below which pulls and writable layers will soon fail, bytes.
 const LOW_SPACE_BYTES: u64 = 2 << 30;
 
@@ -62,6 +64,9 @@ pub(crate) async fn doctor(args: &DoctorArgs) -> Result<i32, CliError> {
     findings.extend(programs(&parts));
     findings.extend(host_tools());
     findings.push(tun());
+    if rootless::is_needed() {
+        findings.extend(users());
+    }
     findings.push(space(&Dirs::from_env().data));
     let fit = findings.iter().all(|f| f.verdict != Verdict::Bad);
     if args.json {
@@ -132,14 +137,27 @@ async fn kvm(parts: &Parts) -> Finding {
         }
     };
     match serde_json::from_slice::<Probe>(&out.stdout) {
-        Ok(probe) => judge(&probe),
+        Ok(probe) => judge(&probe, is_forbidden(Path::new(KVM))),
         Err(error) => {
             Finding::bad("kvm", format!("the probe's answer is not understood: {error}"), "reinstall hyper")
         }
     }
 }
 
-fn judge(probe: &Probe) -> Finding {
+/// Whether a device is there, and not for this user.
+fn is_forbidden(device: &Path) -> bool {
+    let opened = std::fs::OpenOptions::new().read(true).write(true).open(device);
+    opened.is_err_and(|error| error.kind() == std::io::ErrorKind::PermissionDenied)
+}
+
+fn judge(probe: &Probe, forbidden: bool) -> Finding {
+    if forbidden {
+        return Finding::bad(
+            "kvm",
+            format!("no permission to open {KVM}"),
+            "an administrator lets you in: `usermod -aG kvm USER`, then log in again (a group or a list of the device: `getfacl /dev/kvm`)",
+        );
+    }
     if let Some(error) = &probe.error {
         return Finding::bad(
             "kvm",
@@ -209,10 +227,35 @@ fn find(program: &str) -> Option<String> {
         .find(|p| Path::new(p).is_file())
 }
 
+/// What a user who is not root needs besides.
+fn users() -> Vec<Finding> {
+    let namespaces = match rootless::try_namespaces() {
+        Ok(()) => Finding::good("namespaces", "of this user's own can be made"),
+        Err(error) => Finding::bad("namespaces", error, "or run hyper as root"),
+    };
+    let uplink = match rootless::find_uplink() {
+        Ok(path) => Finding::good("way out", path.display().to_string()),
+        Err(error) => Finding::limited("way out", error, ""),
+    };
+    let dirs = Dirs::from_env();
+    let run = match rootless::make_run_dir(&dirs) {
+        Ok(()) => Finding::good("sockets", dirs.run.display().to_string()),
+        Err(error) => {
+            Finding::bad("sockets", crate::error::chain(&error), "set XDG_RUNTIME_DIR or HYPER_RUN")
+        }
+    };
+    vec![namespaces, uplink, run]
+}
+
 fn tun() -> Finding {
     let node = "/dev/net/tun";
     match std::fs::OpenOptions::new().read(true).write(true).open(node) {
         Ok(_) => Finding::good("tap", node),
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => Finding::limited(
+            "tap",
+            format!("{node}: {error}"),
+            "an administrator makes it everybody's, as udev does: `chmod 666 /dev/net/tun`; until then only --network none works",
+        ),
         Err(error) => Finding::limited(
             "tap",
             format!("{node}: {error}"),
@@ -242,7 +285,7 @@ mod tests {
     use super::*;
 
     fn probe(text: &str) -> Finding {
-        judge(&serde_json::from_str(text).unwrap())
+        judge(&serde_json::from_str(text).unwrap(), false)
     }
 
     #[test]
@@ -251,6 +294,12 @@ mod tests {
         assert_eq!(finding.verdict, Verdict::Bad);
         assert!(finding.text.contains("600.000 ns"), "{}", finding.text);
         assert!(!finding.mend.is_empty());
+    }
+
+    #[test]
+    fn who_may_not_open_kvm_is_told_how_to() {
+        let finding = judge(&serde_json::from_str(r#"{"error":"cannot open /dev/kvm"}"#).unwrap(), true);
+        assert!(finding.verdict == Verdict::Bad && finding.mend.contains("usermod -aG kvm"), "{finding:?}");
     }
 
     #[test]

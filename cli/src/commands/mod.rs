@@ -21,10 +21,10 @@ mod stats;
 mod top;
 mod volume;
 
-use hyper_sandbox::Parts;
+use hyper_sandbox::{Dirs, Parts, rootless};
 
 use crate::args::{FormatArgs, Verb};
-use crate::error::CliError;
+use crate::error::{CODE_FAILED, CODE_OURS, CliError};
 use crate::format::{Column, Format};
 
 /// Does what the verb says.
@@ -69,6 +69,7 @@ pub(crate) async fn dispatch(verb: Verb) -> Result<i32, CliError> {
         Verb::Supervise { id } => {
             Err(CliError::failed(format!("{id} is supervised by a process of its own")))
         }
+        Verb::Keep { .. } => Err(CliError::failed("namespaces are kept by a process of its own")),
     }
 }
 
@@ -79,6 +80,28 @@ pub(crate) async fn dispatch(verb: Verb) -> Result<i32, CliError> {
 pub(crate) fn supervise(id: &str) -> Result<i32, CliError> {
     hyper_sandbox::supervise(&crate::context::home()?, id)?;
     Ok(0)
+}
+
+/// Lives as long as somebody is in the namespaces of a user who is not root, or makes them; makes a runtime of its own.
+///
+/// # Errors
+/// When it was not started by hyper itself.
+pub(crate) fn keep(anchor: bool) -> Result<i32, CliError> {
+    if anchor {
+        rootless::anchor().map_err(CliError::failed)?;
+    } else {
+        rootless::keep(&Dirs::from_env())?;
+    }
+    Ok(0)
+}
+
+/// Goes on in the namespace of this user, who is not root. Comes back only when that fails.
+pub(crate) fn enter(verb: &Verb) -> CliError {
+    let code = if matches!(verb, Verb::Run(_)) { CODE_OURS } else { CODE_FAILED };
+    match rootless::enter(&Dirs::from_env()) {
+        Err(error) => CliError::from(error).with_code(code),
+        Ok(never) => match never {},
+    }
 }
 
 /// Becomes the benchmark's own program, which few have a use for.

@@ -45,7 +45,14 @@ pub(super) fn spawn(
         let copies: io::Result<Vec<OwnedFd>> = cgroups.iter().map(OwnedFd::try_clone).collect();
         crate::sys::enter_cgroups(&mut command, copies.map_err(fail)?);
     }
-    let spawned = hyper_jail::spawn::in_pid_namespace(|| command.spawn()).map_err(fail)?;
+    // It may be another thread that spawns.
+    let runtime = tokio::runtime::Handle::current();
+    let spawn = move || {
+        let _runtime = runtime.enter();
+        command.spawn()
+    };
+    let id = |spawned: &io::Result<Child>| spawned.as_ref().ok().and_then(Child::id);
+    let spawned = hyper_jail::spawn::in_pid_namespace(spawn, id).map_err(fail)?;
     let mut child = spawned.map_err(fail)?;
     let stderr = child.stderr.take().ok_or_else(|| fail(io::ErrorKind::BrokenPipe.into()))?;
     Ok((child, keep(stderr, log)))
@@ -75,7 +82,7 @@ pub(super) fn keep(mut from: impl AsyncRead + Unpin + Send + 'static, log: &Path
 }
 
 /// The last line of a file that says something; printable characters only, at most 200.
-pub(super) fn last_words(log: &Path) -> String {
+pub(crate) fn last_words(log: &Path) -> String {
     let bytes = std::fs::read(log).unwrap_or_default();
     let tail = bytes.get(bytes.len().saturating_sub(TAIL_BYTES)..).unwrap_or_default();
     let text = String::from_utf8_lossy(tail);

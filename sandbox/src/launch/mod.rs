@@ -30,6 +30,7 @@ pub(crate) use agent::{Agent, Stream, call, context, rpc_error, untraced};
 #[cfg(test)]
 pub(crate) use callers::testing as callers_testing;
 pub(crate) use callers::{Callers, HostPortPlan};
+pub(crate) use child::last_words;
 pub(crate) use control::VmEnd;
 pub(crate) use guest::{Guest, Steps};
 pub(crate) use levers::Levers;

@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use tokio::io::AsyncWriteExt;
 
-use super::NetworkError;
 use super::policy::{self, Policy, SEAT_PREFIX, Seat};
 use super::subnet::Subnet;
+use super::{NetworkError, Place, own};
 use crate::launch::scaled_ms;
 
 /// How long `nft` may take.
@@ -29,24 +29,43 @@ pub(super) struct Firewall {
     /// What leads from an address to its chains: out, in. Another network has others, so that a bridge which was made anew with another
     /// network is seen to be not served yet.
     maps: [String; 2],
+    place: Place,
 }
 
 impl Firewall {
-    pub(super) fn new(bridge: &str, subnet: Subnet) -> Self {
+    pub(super) fn new(bridge: &str, subnet: Subnet, place: Place) -> Self {
         let table =
             if bridge == super::DEFAULT_BRIDGE { "hyper".to_owned() } else { format!("hyper_{bridge}") };
         let of_net = |way: &str| format!("{way}_of_{}_{}", Seat(subnet.gateway()), subnet.prefix_len());
-        Self { bridge: bridge.to_owned(), subnet, table, maps: [of_net("out"), of_net("in")] }
+        Self { bridge: bridge.to_owned(), subnet, table, maps: [of_net("out"), of_net("in")], place }
     }
 
     /// Turns forwarding on, and puts a container on its seat. The tables are made when they are not there.
     pub(super) async fn seat(&self, seat: Seat, policy: &Policy) -> Result<(), NetworkError> {
-        enable_forwarding(Path::new(FORWARD))?;
-        let own = policy::script(&self.table, &self.maps, seat, policy);
-        if nft(&own).await.is_ok() {
+        self.place.within(|| enable_forwarding(Path::new(FORWARD))).map_err(NetworkError::place)??;
+        let door = self.place.door().map(|address| policy::Door { address, gateway: self.subnet.gateway() });
+        let own = policy::script(&self.table, &self.maps, seat, policy, door.as_ref());
+        let own = format!("{}{own}", self.guarded()?);
+        if self.nft(&own).await.is_ok() {
             return Ok(());
         }
-        nft(&format!("{}{own}", self.script())).await
+        self.nft(&format!("{}{own}", self.script())).await
+    }
+
+    /// Lets the rules know of the addresses that the host has now.
+    pub(super) async fn guard(&self) -> Result<(), NetworkError> {
+        self.nft(&self.guarded()?).await
+    }
+
+    /// Where the host is elsewhere, its addresses are in a set; where it is here, the kernel knows them.
+    fn guarded(&self) -> Result<String, NetworkError> {
+        if self.place.door().is_none() {
+            return Ok(String::new());
+        }
+        let failed = |source| NetworkError::Namespace { what: "ask for the host's addresses".into(), source };
+        let all: Vec<String> = own::addresses().map_err(failed)?.iter().map(Ipv4Addr::to_string).collect();
+        let set = format!("inet {} {}", self.table, policy::OWN_SET);
+        Ok(format!("flush set {set}\nadd element {set} {{ {} }}\n", all.join(", ")))
     }
 
     /// Lets a container reach addresses that a name of its rules has, for so long.
@@ -65,13 +84,23 @@ impl Firewall {
                 "add {element} {timeout} }}\ndelete {element} }}\nadd {element} {timeout} }}\n"
             ));
         }
-        nft(&text).await
+        self.nft(&text).await
     }
 
     /// What makes the tables, or makes them right; containers on their seats are left there. One transaction.
     fn script(&self) -> String {
-        let Self { bridge, subnet, table, maps: [out, inward] } = self;
-        format!(
+        let Self { bridge, subnet, table, maps: [out, inward], place } = self;
+        let door = place.door().map_or_else(String::new, |door| {
+            let own = policy::OWN_SET;
+            format!(
+                "add set inet {table} {own} {{ type ipv4_addr; }}\n\
+                 add chain inet {table} prerouting {{ type nat hook prerouting priority dstnat; policy accept; }}\n\
+                 flush chain inet {table} prerouting\n\
+                 add rule inet {table} prerouting iifname \"{bridge}\" ip daddr {} dnat ip to {door}\n",
+                subnet.gateway()
+            )
+        });
+        let text = format!(
             "add table bridge hyper\n\
              add set bridge hyper seats {{ type ifname . ether_addr . ipv4_addr; }}\n\
              add set bridge hyper walled {{ type ifname; }}\n\
@@ -115,7 +144,13 @@ impl Firewall {
              \t\tiifname \"{bridge}\" ip saddr vmap @{inward}\n\
              \t}}\n\
              }}\n"
-        )
+        );
+        text + &door
+    }
+
+    /// Has `nft` carry out a script where the bridge is: all of it or nothing.
+    async fn nft(&self, script: &str) -> Result<(), NetworkError> {
+        nft(script, &self.place).await
     }
 }
 
@@ -127,8 +162,7 @@ fn enable_forwarding(path: &Path) -> Result<(), NetworkError> {
     std::fs::write(path, "1").map_err(|source| NetworkError::Forwarding { path: path.to_owned(), source })
 }
 
-/// Has `nft` carry out a script: all of it or nothing.
-async fn nft(script: &str) -> Result<(), NetworkError> {
+async fn nft(script: &str, place: &Place) -> Result<(), NetworkError> {
     let var = std::env::var_os("PATH").unwrap_or_default().to_string_lossy().into_owned();
     let mut command = tokio::process::Command::new("nft");
     command
@@ -138,6 +172,7 @@ async fn nft(script: &str) -> Result<(), NetworkError> {
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .kill_on_drop(true);
+    place.send(&mut command);
     let failed = |message: String| NetworkError::Nft { message };
     let mut child = match command.spawn() {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(NetworkError::NoNft),
@@ -166,7 +201,8 @@ mod tests {
 
     #[test]
     fn script_names_bridge_and_subnet() {
-        let text = |bridge: &str, subnet: &str| Firewall::new(bridge, subnet.parse().unwrap()).script();
+        let text =
+            |bridge: &str, subnet: &str| Firewall::new(bridge, subnet.parse().unwrap(), Place::Host).script();
         let usual = text("hyper0", "10.120.0.0/16");
         assert!(usual.contains("table inet hyper {"));
         assert!(usual.contains("ip saddr 10.120.0.0/16 oifname != \"hyper0\" masquerade"));

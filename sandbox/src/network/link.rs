@@ -4,7 +4,6 @@ use std::fs::OpenOptions;
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
@@ -48,18 +47,31 @@ fn set_up(socket: BorrowedFd<'_>, name: &str) -> io::Result<()> {
     ioctl_ifreq(socket, IfIoctl::SetFlags, &mut IfReq::new(name)?.with(&flags.to_ne_bytes()))
 }
 
+/// Switches an interface on.
+pub(crate) fn bring_up(name: &str) -> Result<(), NetworkError> {
+    let socket = control_socket().map_err(fail("open a socket for", name))?;
+    set_up(socket.as_fd(), name).map_err(fail("bring up", name))
+}
+
 /// Makes the bridge if it is not there, and checks that it is the one that is wanted. Call it under the network's lock.
 pub(crate) fn ensure_bridge(name: &str, subnet: Subnet) -> Result<(), NetworkError> {
     let socket = control_socket().map_err(fail("open a socket for", name))?;
     let socket = socket.as_fd();
     let gateway = subnet.gateway();
-    let sys = Path::new("/sys/class/net").join(name);
-    if !sys.exists() {
-        bridge_create(socket, name).map_err(fail("make the bridge", name))?;
-    } else if !sys.join("bridge").exists() {
-        return Err(NetworkError::NotABridge { name: name.to_owned() });
-    }
     let new = || IfReq::new(name).map_err(fail("name", name));
+    match ioctl_ifreq(socket, IfIoctl::GetIndex, &mut new()?) {
+        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {
+            bridge_create(socket, name).map_err(fail("make the bridge", name))?;
+        }
+        Err(error) => return Err(fail("find", name)(error)),
+        // Interface 0 is none, which only a bridge comes to see.
+        Ok(()) => {
+            let asked = ioctl_ifreq(socket, IfIoctl::BridgeAdd, &mut new()?);
+            if asked.is_err_and(|error| error.raw_os_error() == Some(libc::EOPNOTSUPP)) {
+                return Err(NetworkError::NotABridge { name: name.to_owned() });
+            }
+        }
+    }
     let mut ifreq = new()?;
     match ioctl_ifreq(socket, IfIoctl::GetAddress, &mut ifreq) {
         Ok(()) => {

@@ -6,14 +6,16 @@
 //! published ports: proxy in the supervisor ---------+      names: service on a vsock port, see `dns`
 //! ```
 //!
-//! Files: `subnet`, `lease` (addresses), `link` (bridge, TAP), `firewall` (the way out),
-//! `policy` and `names` (where it may lead), `publish` (the way in), `dns`, `resolv`.
+//! Files: `place` (in which network namespace), `subnet`, `lease` (addresses), `link` (bridge, TAP), `firewall` (the way out),
+//! `policy` and `names` (where it may lead), `own` (the host's addresses), `publish` (the way in), `dns`, `resolv`.
 
 pub(crate) mod dns;
 mod firewall;
 mod lease;
 mod link;
 mod names;
+mod own;
+mod place;
 mod policy;
 pub(crate) mod publish;
 pub(crate) mod resolv;
@@ -21,7 +23,8 @@ mod subnet;
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::sync::Arc;
 
 use tokio::task::JoinHandle;
 
@@ -31,15 +34,17 @@ use crate::SandboxError;
 use crate::state::NetworkState;
 use crate::store::{FileLock, make_private_dir};
 
-pub(crate) use link::{MTU, make_tap};
+pub(crate) use link::{MTU, bring_up, make_tap};
 pub(crate) use names::Names;
+pub(crate) use place::Place;
 pub(crate) use policy::Policy;
 pub(crate) use subnet::mac_text;
 
 /// The bridge without `HYPER_BRIDGE`.
 pub(crate) const DEFAULT_BRIDGE: &str = "hyper0";
-/// Where locks and leases of all bridges are; of the host, whoever's home it is.
+/// Where locks and leases of all bridges of the host are, whoever's home it is. Those of a user's network are beside its keeper's socket.
 const NET_DIR: &str = "/run/hyper-net";
+const USERS_NET_DIR: &str = "net";
 /// Most addresses that are passed over because their TAPs are still there.
 const MOST_PASSED: usize = 256;
 
@@ -67,7 +72,7 @@ pub enum NetworkError {
     #[error("this host's kernel has no bridges: load the module (modprobe bridge), or use --network none")]
     NoBridge,
     /// Not allowed.
-    #[error("no permission to {what} {name}: run as root, or use --network none")]
+    #[error("no permission to {what} {name}: `hyper doctor` says what is missing; or use --network none")]
     Permission {
         /// What was tried.
         what: &'static str,
@@ -130,6 +135,14 @@ pub enum NetworkError {
         /// Why not.
         source: std::io::Error,
     },
+    /// A port that only the host's root may listen on.
+    #[error(
+        "no permission to listen on {address}: publish it on a higher port, or have an administrator lower net.ipv4.ip_unprivileged_port_start"
+    )]
+    LowPort {
+        /// Address, port and protocol.
+        address: String,
+    },
     /// Forwarding could not be turned on.
     #[error("cannot turn on forwarding in {path}: {source}")]
     Forwarding {
@@ -140,12 +153,21 @@ pub enum NetworkError {
     },
 }
 
+impl NetworkError {
+    /// The network namespace of a user cannot be entered.
+    fn place(source: std::io::Error) -> Self {
+        Self::Namespace { what: "enter this user's network namespace".to_owned(), source }
+    }
+}
+
 /// Which bridge and network this host uses.
 #[derive(Debug, Clone)]
 pub(crate) struct NetworkSettings {
     bridge: String,
     subnet: subnet::Subnet,
     dir: PathBuf,
+    /// Who knows the network namespace; the host's when nobody.
+    keeper: Option<PathBuf>,
 }
 
 /// A container's place on the bridge. Address and TAP are free again when this is dropped and the VMM has ended.
@@ -154,8 +176,10 @@ pub(crate) struct Link {
     pub(crate) tap: Option<OwnedFd>,
     pub(crate) mac: [u8; 6],
     pub(crate) state: NetworkState,
+    pub(crate) place: Place,
     names: Option<Names>,
     firewall: Option<JoinHandle<Result<(), NetworkError>>>,
+    _own: Option<own::Watch>,
     _lease: lease::Lease,
 }
 
@@ -168,7 +192,10 @@ impl NetworkSettings {
         };
         let bridge = var("HYPER_BRIDGE", DEFAULT_BRIDGE);
         let subnet = var("HYPER_SUBNET", subnet::DEFAULT_SUBNET).parse()?;
-        Ok(Self { dir: Path::new(NET_DIR).join(&bridge), bridge, subnet })
+        let keeper = crate::rootless::keeper();
+        let users = keeper.as_ref().and_then(|socket| socket.parent()).map(|run| run.join(USERS_NET_DIR));
+        let dir = users.unwrap_or_else(|| PathBuf::from(NET_DIR)).join(&bridge);
+        Ok(Self { dir, bridge, subnet, keeper })
     }
 
     /// The host's address, as containers see it.
@@ -179,12 +206,17 @@ impl NetworkSettings {
     /// Puts a container on the bridge; `last` is the address that it had. The firewall is seen to meanwhile: see [`Link::ready`].
     pub(crate) async fn connect(&self, last: Option<IpAddr>, policy: &Policy) -> Result<Link, SandboxError> {
         make_private_dir(&self.dir)?;
+        let place = match &self.keeper {
+            None => Place::Host,
+            Some(keeper) => Place::Users(Arc::new(crate::rootless::network(keeper.clone()).await?)),
+        };
         {
             let _lock =
                 FileLock::take_within(&self.dir.join("lock"), crate::launch::scaled_ms(10_000)).await?;
-            link::ensure_bridge(&self.bridge, self.subnet)?;
+            let bridge = || link::ensure_bridge(&self.bridge, self.subnet);
+            place.within(bridge).map_err(NetworkError::place)??;
         }
-        let (lease, tap) = self.take_seat(last)?;
+        let (lease, tap) = place.within(|| self.take_seat(last)).map_err(NetworkError::place)??;
         let (seat, mac) = (Seat(lease.ip), subnet::mac_of(lease.ip));
         let state = NetworkState {
             ip: lease.ip.into(),
@@ -194,11 +226,25 @@ impl NetworkSettings {
             tap: seat.tap(),
             bridge: self.bridge.clone(),
         };
-        let walls = Firewall::new(&self.bridge, self.subnet);
+        let walls = Firewall::new(&self.bridge, self.subnet, place.clone());
+        // Followed before they are asked for, so that no change is missed.
+        let own = match place {
+            Place::Host => None,
+            Place::Users(_) => Some(own::Watch::start(walls.clone()).map_err(NetworkError::place)?),
+        };
         let names = Names::new(&walls, seat, policy);
         let policy = policy.clone();
         let firewall = tokio::spawn(async move { walls.seat(seat, &policy).await });
-        Ok(Link { tap: Some(tap), mac, state, names, firewall: Some(firewall), _lease: lease })
+        Ok(Link {
+            tap: Some(tap),
+            mac,
+            state,
+            place,
+            names,
+            firewall: Some(firewall),
+            _own: own,
+            _lease: lease,
+        })
     }
 
     /// An address, and the TAP that is named after it. The TAP of a machine that is just ending keeps its name a little longer than its

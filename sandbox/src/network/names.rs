@@ -78,7 +78,7 @@ mod tests {
     fn names(rules: Option<&[&str]>) -> Option<Names> {
         let egress = rules.map(|rules| rules.iter().map(|rule| rule.parse().unwrap()).collect());
         let config = ContainerConfig { egress, ..Default::default() };
-        let firewall = Firewall::new("hyper0", "10.120.0.0/16".parse().unwrap());
+        let firewall = Firewall::new("hyper0", "10.120.0.0/16".parse().unwrap(), super::super::Place::Host);
         Names::new(&firewall, Seat(Ipv4Addr::new(10, 120, 0, 2)), &Policy::of(&config))
     }
 

@@ -25,6 +25,8 @@ const METADATA: [(Ipv4Addr, u8); 4] = [
 ];
 /// What is answered: "administratively prohibited", at once, so that nobody waits.
 const REJECT: &str = "reject with icmp type admin-prohibited";
+/// The set of the host's addresses, where the host is elsewhere.
+pub(super) const OWN_SET: &str = "own";
 /// Most addresses that one name may have at a time.
 const MOST_LEARNED: usize = 1024;
 
@@ -121,29 +123,58 @@ fn ports(rule: &EgressRule) -> String {
     }
 }
 
-/// What is forwarded: explicit metadata first, then none of it, then the rest.
-fn out_rules(seat: Seat, policy: &Policy) -> Vec<String> {
+/// How the host is reached from a network namespace that is not its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Door {
+    /// What leads to its loopback.
+    pub(super) address: Ipv4Addr,
+    /// What containers take for the host; it is translated to the door before the rules are asked.
+    pub(super) gateway: Ipv4Addr,
+}
+
+/// What is forwarded: first what was named by its address alone, be it the host's or a cloud's metadata, then none of those, then the rest.
+fn out_rules(seat: Seat, policy: &Policy, door: Option<&Door>) -> Vec<String> {
     let mut explicit = Vec::new();
     let mut rest = Vec::new();
+    let mut guarded: Vec<String> = METADATA.iter().map(|net| addresses(*net)).collect();
+    if let Some(door) = door {
+        explicit.extend(door_rules(policy, door));
+        guarded.push(door.address.to_string());
+    }
     for (number, rule) in policy.rules().iter().enumerate() {
         let ports = ports(rule);
         match &rule.target {
             EgressTarget::Any => rest.push(format!("{ports}accept")),
             EgressTarget::Host => {}
             EgressTarget::Net(address, len) => {
-                let list = if is_metadata((*address, *len)) { &mut explicit } else { &mut rest };
+                let alone = is_metadata((*address, *len)) || *len == 32;
+                let list = if alone { &mut explicit } else { &mut rest };
                 list.push(format!("ip daddr {} {ports}accept", addresses((*address, *len))));
             }
             EgressTarget::Name(_) => rest.push(format!("ip daddr @{} {ports}accept", seat.names(number))),
         }
     }
-    let guarded: Vec<String> = METADATA.iter().map(|net| addresses(*net)).collect();
     explicit.push(format!("ip daddr {{ {} }} {REJECT}", guarded.join(", ")));
+    if door.is_some() {
+        explicit.push(format!("ip daddr @{OWN_SET} {REJECT}"));
+    }
     explicit.append(&mut rest);
     if policy.rules.is_some() {
         explicit.push(REJECT.to_owned());
     }
     explicit
+}
+
+/// What is for a host that is elsewhere: its name among the rules, or the address that containers know it by.
+fn door_rules(policy: &Policy, door: &Door) -> Vec<String> {
+    let to = format!("ip daddr {}", door.address);
+    let all = policy.host.then(|| format!("{to} accept"));
+    let named = policy.rules().iter().filter(|rule| match rule.target {
+        EgressTarget::Host => true,
+        EgressTarget::Net(address, len) => (address, len) == (door.gateway, 32),
+        _ => false,
+    });
+    all.into_iter().chain(named.map(|rule| format!("{to} {}accept", ports(rule)))).collect()
 }
 
 /// What is for the host: its name among the rules, or one of its addresses alone.
@@ -164,7 +195,13 @@ fn in_rules(policy: &Policy) -> Vec<String> {
 }
 
 /// What puts a container with this policy on its seat, whoever had it before; one transaction. `table` is that of the bridge.
-pub(super) fn script(table: &str, maps: &[String; 2], seat: Seat, policy: &Policy) -> String {
+pub(super) fn script(
+    table: &str,
+    maps: &[String; 2],
+    seat: Seat,
+    policy: &Policy,
+    door: Option<&Door>,
+) -> String {
     let (tap, mac) = (seat.tap(), mac_text(mac_of(seat.0)));
     let mut text = format!(
         "add element bridge hyper seats {{ \"{tap}\" . {mac} . {} }}\n\
@@ -184,7 +221,7 @@ pub(super) fn script(table: &str, maps: &[String; 2], seat: Seat, policy: &Polic
             );
         }
     }
-    let chains = [("out", out_rules(seat, policy)), ("in", in_rules(policy))];
+    let chains = [("out", out_rules(seat, policy, door)), ("in", in_rules(policy))];
     for ((way, rules), map) in chains.into_iter().zip(maps) {
         let chain = format!("{way}_{seat}");
         let _ = writeln!(text, "add chain inet {table} {chain}\nflush chain inet {table} {chain}");
@@ -207,7 +244,32 @@ mod tests {
     }
 
     fn text(policy: &Policy) -> String {
-        script("hyper", &["ways_out".into(), "ways_in".into()], SEAT, policy)
+        script("hyper", &["ways_out".into(), "ways_in".into()], SEAT, policy, None)
+    }
+
+    fn elsewhere(rules: Option<&[&str]>) -> Vec<String> {
+        let rules = rules.map(|rules| rules.iter().map(|rule| rule.parse().unwrap()).collect());
+        let door = Door { address: Ipv4Addr::new(192, 0, 0, 1), gateway: Ipv4Addr::new(10, 120, 0, 1) };
+        out_rules(SEAT, &Policy { rules, host: false }, Some(&door))
+    }
+
+    #[test]
+    fn a_host_that_is_elsewhere_is_reached_by_its_door_when_it_is_named() {
+        let guards = |rules: &[String]| {
+            let door = rules.iter().position(|rule| rule.contains("192.0.0.1 }") && rule.ends_with(REJECT));
+            let own = rules.iter().position(|rule| rule == &format!("ip daddr @own {REJECT}"));
+            assert!(door.is_some() && own == door.map(|at| at + 1), "{rules:?}");
+            door.unwrap()
+        };
+        assert_eq!(guards(&elsewhere(None)), 0);
+        let named = elsewhere(Some(&["any", "host:5432/tcp", "10.120.0.1:22/tcp", "192.0.2.254:80/tcp"]));
+        let place = |text: &str| named.iter().position(|rule| rule == text).unwrap();
+        assert!(place("ip daddr 192.0.0.1 tcp dport 5432 accept") < guards(&named));
+        assert!(place("ip daddr 192.0.0.1 tcp dport 22 accept") < guards(&named));
+        assert!(place("ip daddr 192.0.2.254 tcp dport 80 accept") < guards(&named));
+        assert!(place("accept") > guards(&named), "not everything");
+        let wide = elsewhere(Some(&["192.0.2.0/24"]));
+        assert!(wide.iter().position(|rule| rule == "ip daddr 192.0.2.0/24 accept").unwrap() > guards(&wide));
     }
 
     #[test]

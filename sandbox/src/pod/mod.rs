@@ -13,7 +13,7 @@
 //! machine live as long as their descriptors. Whoever calls owns the ids and the bundles.
 //!
 //! Files: `live` (what the guest sees of the host's files), `mounts` (rootfs), `translate` (OCI specification of the host to that of
-//! the guest), `netns` (interfaces, TAPs, redirection), `rtnetlink`, `loopback` (port-forward), `io` (FIFOs and files), `logger`,
+//! the guest), `netns` (interfaces, TAPs, redirection), `loopback` (port-forward), `io` (FIFOs and files), `logger`,
 //! `process`, `container`, `upkeep`, `cgroup` (the host's), `machine`, `growth` (how large it is while it runs), `bays` (disks that come and
 //! go), `disks` (a root of disks), `devices` (block devices of the host), `hooks`, `error`.
 
@@ -33,7 +33,6 @@ mod machine;
 mod mounts;
 mod netns;
 mod process;
-mod rtnetlink;
 mod translate;
 mod upkeep;
 

@@ -20,9 +20,9 @@ use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space}
 
 use super::PodError;
 use super::loopback::Loopback;
-use super::rtnetlink::{Found, Socket};
 use crate::launch::NetPlan;
 use crate::network::{MTU, NetworkError, mac_text, make_tap};
+use crate::rtnetlink::{Found, Socket};
 
 /// Most interfaces of a pod: the machine has so many slots for devices, and needs some itself.
 const MAX_INTERFACES: usize = 8;

@@ -41,10 +41,10 @@ impl Home {
     /// When a directory cannot be made or read.
     pub fn open(dirs: Dirs, parts: Parts) -> Result<Self, SandboxError> {
         let home = Self::assume(dirs, parts);
-        make_private_dir(&home.dirs().run)?;
         for dir in [home.containers_dir(), home.volumes_dir()] {
             make_lasting_dir(&dir)?;
         }
+        crate::rootless::make_run_dir(home.dirs())?;
         recover::recover(&home)?;
         Ok(home)
     }

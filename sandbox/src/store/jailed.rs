@@ -22,7 +22,7 @@ pub struct Jailed {
 const PROGRAMS: [(&str, Role); 2] = [("hyper-vmm", Role::Vmm), ("hyper-fs", Role::FileServer)];
 
 impl Container {
-    /// Looks at the processes of its machine from outside, which takes root's power.
+    /// Looks at the processes of its machine from outside, which takes the power of their owner.
     ///
     /// # Errors
     /// [`SandboxError::WrongStatus`] when it does not run, or `/proc` cannot be read.
@@ -36,13 +36,14 @@ impl Container {
         if !self.is_live() || self.state().pid == 0 {
             return Err(stopped());
         }
-        let (_, supervisor) = about(self.state().pid).ok_or_else(stopped)?;
+        let (_, supervisor, _) = about(self.state().pid).ok_or_else(stopped)?;
+        let (_, _, owner) = about(supervisor).ok_or_else(stopped)?;
         let mut found = Vec::new();
         for pid in processes().map_err(|source| SandboxError::io("read", "/proc", source))? {
-            let Some((name, parent)) = about(pid) else { continue };
+            let Some((name, parent, _)) = about(pid) else { continue };
             let known = PROGRAMS.iter().find(|(program, _)| *program == name);
             if let (Some((program, role)), true) = (known, parent == supervisor) {
-                let findings = look(pid, *role)
+                let findings = look(pid, *role, owner)
                     .map_err(|source| SandboxError::io("look at", format!("/proc/{pid}"), source))?;
                 found.push(Jailed { program, pid, findings });
             }
@@ -51,11 +52,12 @@ impl Container {
     }
 }
 
-/// Name and parent of a process.
-fn about(pid: u32) -> Option<(String, u32)> {
+/// Name, parent and user of a process.
+fn about(pid: u32) -> Option<(String, u32, u32)> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
-    Some((field("Name:")?.to_owned(), field("PPid:")?.parse().ok()?))
+    let user = field("Uid:")?.split_whitespace().next()?.parse().ok()?;
+    Some((field("Name:")?.to_owned(), field("PPid:")?.parse().ok()?, user))
 }
 
 fn processes() -> io::Result<Vec<u32>> {
@@ -71,8 +73,9 @@ mod tests {
 
     #[test]
     fn this_process_is_found_with_its_parent() {
-        let (name, parent) = about(std::process::id()).unwrap();
+        let (name, parent, user) = about(std::process::id()).unwrap();
         assert!(!name.is_empty() && parent == std::os::unix::process::parent_id());
+        assert_eq!(user, rustix::process::getuid().as_raw());
         assert!(processes().unwrap().contains(&std::process::id()));
     }
 

@@ -256,6 +256,13 @@ impl Draft {
     /// # Errors
     /// [`SandboxError::SnapshotExists`], [`SandboxError::Config`] for a bad name.
     pub fn keep(self, name: &str) -> Result<Snapshot, SandboxError> {
+        let (audit, of) = (self.home.audit(), format!("of {}", self.snapshot.source()));
+        let kept = self.try_keep(name);
+        let name = kept.as_ref().map_or(name, Snapshot::name).to_owned();
+        audit.note("snapshot create", &name, &of, kept)
+    }
+
+    fn try_keep(self, name: &str) -> Result<Snapshot, SandboxError> {
         let Self { home, mut snapshot, space } = self;
         let _lock = home.lock()?;
         let name = match name {
@@ -281,7 +288,8 @@ impl Container {
     /// [`SandboxError::WrongStatus`] when it does not run, [`SandboxError::Refused`] with what stands in the way.
     pub async fn save(&self) -> Result<Draft, SandboxError> {
         let space = Space::new(&self.home)?;
-        self.ask_within(&Request::Save { draft: space.name() }, scaled_ms(SAVE_MS)).await?;
+        let saved = self.ask_within(&Request::Save { draft: space.name() }, scaled_ms(SAVE_MS)).await;
+        self.noted("container save", saved)?;
         let snapshot = Snapshot::load(space.dir.clone(), "")?;
         Ok(Draft { home: self.home.clone(), snapshot, space })
     }
@@ -329,6 +337,10 @@ impl Home {
     /// # Errors
     /// [`SandboxError::NoSuchSnapshot`].
     pub fn remove_snapshot(&self, name: &str) -> Result<(), SandboxError> {
+        self.audit().note("snapshot remove", name, "", self.try_remove_snapshot(name))
+    }
+
+    fn try_remove_snapshot(&self, name: &str) -> Result<(), SandboxError> {
         let _lock = self.lock()?;
         let dir = self.snapshot(name)?.dir;
         let beside = self.snapshots_dir().join(format!("{NEW_PREFIX}{}", names::new_id()));

@@ -14,6 +14,7 @@ use crate::clock::Timestamp;
 use crate::config::ContainerConfig;
 use crate::launch::{Agent, Inputs, Levers, Steps, Stream, VmEnd, call, context, rpc_error, scaled_ms};
 use crate::logs::{LogSource, LogWriter};
+use crate::network::Link;
 use crate::network::publish::Proxies;
 use crate::state::{NetworkState, Status};
 use crate::store::LOST_EXIT_CODE;
@@ -168,7 +169,8 @@ async fn publish(
     let listeners = std::mem::take(&mut machine.listeners);
     let ports = listeners.resolved();
     let network: Option<NetworkState> = machine.link.as_ref().map(|link| link.state.clone());
-    let proxies = network.as_ref().map(|network| listeners.serve(network.ip)).transpose()?;
+    let serve = |link: &Link| listeners.serve(link.state.ip, &link.place);
+    let proxies = machine.link.as_ref().map(serve).transpose()?;
     if let Some(network) = &network {
         let path = shared.container().dir().join("address");
         if let Err(error) = std::fs::write(&path, network.ip.to_string()) {

@@ -11,12 +11,12 @@ use std::sync::Arc;
 
 use rustix::net::sockopt::{set_ipv6_v6only, set_socket_reuseaddr};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with};
-use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use super::NetworkError;
+use super::{NetworkError, Place};
 use crate::config::{PortConfig, Protocol};
 use crate::launch::scaled_ms;
 use crate::state::ResolvedPort;
@@ -71,20 +71,21 @@ impl Listeners {
         self.open.iter().map(|(port, _)| port.clone()).collect()
     }
 
-    /// Goes on to the container at `target`.
-    pub(crate) fn serve(self, target: IpAddr) -> Result<Proxies, NetworkError> {
+    /// Goes on to the container at `target`, which is in `place`.
+    pub(crate) fn serve(self, target: IpAddr, place: &Place) -> Result<Proxies, NetworkError> {
         let mut proxies = Proxies::default();
         for (port, listener) in self.open {
             let address = SocketAddr::new(target, port.wish.container_port);
             let fail = |source| NetworkError::Listen { address: describe(&port), source };
+            let place = place.clone();
             let task = match listener {
                 Listener::Tcp(listener) => {
                     let listener = TcpListener::from_std(listener).map_err(fail)?;
-                    tokio::spawn(async move { serve_tcp(&listener, address).await })
+                    tokio::spawn(async move { serve_tcp(&listener, address, &place).await })
                 }
                 Listener::Udp(socket) => {
                     let socket = UdpSocket::from_std(socket).map_err(fail)?;
-                    tokio::spawn(async move { udp::serve(Arc::new(socket), address).await })
+                    tokio::spawn(async move { udp::serve(Arc::new(socket), address, &place).await })
                 }
             };
             proxies.tasks.push(task);
@@ -102,6 +103,7 @@ fn open_port(wish: &PortConfig) -> Result<Vec<(ResolvedPort, Listener)>, Network
         let address = format!("{}/{}", SocketAddr::new(ip, port), wish.protocol);
         match source.kind() {
             io::ErrorKind::AddrInUse => NetworkError::PortInUse { address },
+            io::ErrorKind::PermissionDenied => NetworkError::LowPort { address },
             _ => NetworkError::Listen { address, source },
         }
     };
@@ -163,18 +165,19 @@ fn open_one(ip: IpAddr, port: u16, protocol: Protocol) -> io::Result<(u16, Liste
     }
 }
 
-async fn serve_tcp(listener: &TcpListener, target: SocketAddr) {
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+async fn serve_tcp(listener: &TcpListener, target: SocketAddr, place: &Place) {
+    let turns = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     // Dropped, and its tasks ended, with this future.
     let mut connections = tokio::task::JoinSet::new();
     loop {
         while connections.try_join_next().is_some() {}
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let Ok(turn) = Arc::clone(&turns).acquire_owned().await else { return };
         match listener.accept().await {
             Ok((client, _)) => {
+                let socket = inner_socket(target, place);
                 connections.spawn(async move {
-                    let _place = place;
-                    if let Err(error) = relay(client, target).await {
+                    let _turn = turn;
+                    if let Err(error) = relay(client, socket, target).await {
                         tracing::debug!(%target, %error, "a connection ended");
                     }
                 });
@@ -187,8 +190,13 @@ async fn serve_tcp(listener: &TcpListener, target: SocketAddr) {
     }
 }
 
-async fn relay(mut client: TcpStream, target: SocketAddr) -> io::Result<()> {
-    let connect = timeout(scaled_ms(CONNECT_MS), TcpStream::connect(target)).await;
+/// A socket where the container is.
+fn inner_socket(target: SocketAddr, place: &Place) -> io::Result<TcpSocket> {
+    place.within(|| if target.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() })?
+}
+
+async fn relay(mut client: TcpStream, socket: io::Result<TcpSocket>, target: SocketAddr) -> io::Result<()> {
+    let connect = timeout(scaled_ms(CONNECT_MS), socket?.connect(target)).await;
     let mut server = connect.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
     // Small answers must not wait for more.
     client.set_nodelay(true)?;
@@ -212,7 +220,7 @@ mod tests {
         let port = server.local_addr().unwrap().port();
         let listeners = Listeners::open(&[wish("127.0.0.1", 0, port, Protocol::Tcp)]).unwrap();
         let bound = listeners.resolved()[0].bound_port;
-        let proxies = listeners.serve("127.0.0.1".parse().unwrap()).unwrap();
+        let proxies = listeners.serve("127.0.0.1".parse().unwrap(), &Place::Host).unwrap();
         let mut client = TcpStream::connect(("127.0.0.1", bound)).await.unwrap();
         client.write_all(b"question").await.unwrap();
         client.shutdown().await.unwrap();

@@ -9,6 +9,8 @@ use tokio::net::UdpSocket;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 
+use crate::network::Place;
+
 /// Most clients at a time; datagrams of more are dropped, as datagrams may be.
 const MAX_CLIENTS: usize = 1024;
 /// How long a client is remembered after its last datagram in either direction.
@@ -17,7 +19,7 @@ const IDLE: Duration = Duration::from_secs(90);
 const MAX_DATAGRAM_BYTES: usize = 65_535;
 
 /// Serves until it is dropped.
-pub(super) async fn serve(outer: Arc<UdpSocket>, target: SocketAddr) {
+pub(super) async fn serve(outer: Arc<UdpSocket>, target: SocketAddr, place: &Place) {
     let mut clients: HashMap<SocketAddr, Arc<UdpSocket>> = HashMap::new();
     let mut replies: JoinSet<SocketAddr> = JoinSet::new();
     let mut buffer = vec![0; MAX_DATAGRAM_BYTES];
@@ -36,7 +38,7 @@ pub(super) async fn serve(outer: Arc<UdpSocket>, target: SocketAddr) {
                 let inner = match clients.get(&client) {
                     Some(inner) => Arc::clone(inner),
                     None if clients.len() >= MAX_CLIENTS => continue,
-                    None => match connect(target).await {
+                    None => match connect(target, place) {
                         Ok(inner) => {
                             let inner = Arc::new(inner);
                             clients.insert(client, Arc::clone(&inner));
@@ -57,12 +59,13 @@ pub(super) async fn serve(outer: Arc<UdpSocket>, target: SocketAddr) {
     }
 }
 
-async fn connect(target: SocketAddr) -> std::io::Result<UdpSocket> {
+fn connect(target: SocketAddr, place: &Place) -> std::io::Result<UdpSocket> {
     let any: IpAddr =
         if target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-    let socket = UdpSocket::bind((any, 0)).await?;
-    socket.connect(target).await?;
-    Ok(socket)
+    let socket = place.within(|| std::net::UdpSocket::bind((any, 0)))??;
+    socket.connect(target)?;
+    socket.set_nonblocking(true)?;
+    UdpSocket::from_std(socket)
 }
 
 /// Sends back what the container answers, until there was nothing for [`IDLE`]. Returns whose it was.
@@ -96,7 +99,7 @@ mod tests {
         let server = UdpSocket::bind("127.0.0.1:0").await.unwrap();
         let outer = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
         let (public, target) = (outer.local_addr().unwrap(), server.local_addr().unwrap());
-        let proxy = tokio::spawn(serve(outer, target));
+        let proxy = tokio::spawn(async move { serve(outer, target, &Place::Host).await });
         let echo = tokio::spawn(async move {
             let mut buffer = [0; 64];
             for _ in 0..4 {

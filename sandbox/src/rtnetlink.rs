@@ -106,29 +106,29 @@ fn redirect(to: u32) -> Vec<u8> {
 
 /// One message of a dump: its type, and what follows the header.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Found {
-    pub(super) kind: u16,
-    pub(super) body: Vec<u8>,
+pub(crate) struct Found {
+    pub(crate) kind: u16,
+    pub(crate) body: Vec<u8>,
 }
 
 impl Found {
     /// A number of the fixed part.
-    pub(super) fn u32(&self, at: usize) -> u32 {
+    pub(crate) fn u32(&self, at: usize) -> u32 {
         self.body.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u32::from_ne_bytes(*b))
     }
 
     /// As above.
-    pub(super) fn u16(&self, at: usize) -> u16 {
+    pub(crate) fn u16(&self, at: usize) -> u16 {
         self.body.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u16::from_ne_bytes(*b))
     }
 
     /// As above.
-    pub(super) fn u8(&self, at: usize) -> u8 {
+    pub(crate) fn u8(&self, at: usize) -> u8 {
         self.body.get(at).copied().unwrap_or_default()
     }
 
     /// The value of an attribute, after a fixed part of so many bytes.
-    pub(super) fn attribute(&self, fixed: usize, wanted: u16) -> Option<&[u8]> {
+    pub(crate) fn attribute(&self, fixed: usize, wanted: u16) -> Option<&[u8]> {
         let mut rest = self.body.get(fixed..)?;
         loop {
             let length = usize::from(u16::from_ne_bytes(*rest.first_chunk()?));
@@ -144,13 +144,13 @@ impl Found {
 
 /// A connection to the kernel's tables of the network namespace in which it was opened.
 #[derive(Debug)]
-pub(super) struct Socket {
+pub(crate) struct Socket {
     fd: OwnedFd,
 }
 
 impl Socket {
     /// Opens one.
-    pub(super) fn open() -> io::Result<Self> {
+    pub(crate) fn open() -> io::Result<Self> {
         // Protocol 0 of this family is NETLINK_ROUTE.
         let fd =
             rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
@@ -160,7 +160,7 @@ impl Socket {
     }
 
     /// All entries of a table: `RTM_GETLINK` and the like, with a fixed part of so many bytes.
-    pub(super) fn dump(&self, kind: u16, fixed: usize) -> io::Result<Vec<Found>> {
+    pub(crate) fn dump(&self, kind: u16, fixed: usize) -> io::Result<Vec<Found>> {
         let request = Message::new(kind, NLM_F_DUMP, &vec![0; fixed]).finish();
         rustix::net::send(&self.fd, &request, SendFlags::empty())?;
         let mut all = Vec::new();
@@ -187,17 +187,17 @@ impl Socket {
     }
 
     /// Switches an interface on.
-    pub(super) fn up(&self, index: u32) -> io::Result<()> {
+    pub(crate) fn up(&self, index: u32) -> io::Result<()> {
         self.request(Message::new(RTM_NEWLINK, 0, &link(index, IFF_UP, IFF_UP)))
     }
 
     /// Gives an interface another hardware address.
-    pub(super) fn set_mac(&self, index: u32, mac: [u8; 6]) -> io::Result<()> {
+    pub(crate) fn set_mac(&self, index: u32, mac: [u8; 6]) -> io::Result<()> {
         self.request(Message::new(RTM_NEWLINK, 0, &link(index, 0, 0)).attribute(IFLA_ADDRESS, &mac))
     }
 
     /// Sends all that arrives at one interface out of another one.
-    pub(super) fn redirect(&self, from: u32, to: u32) -> io::Result<()> {
+    pub(crate) fn redirect(&self, from: u32, to: u32) -> io::Result<()> {
         let qdisc = traffic(from, INGRESS_HANDLE, TC_H_INGRESS, 0);
         let made = self.request(
             Message::new(RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, &qdisc).attribute(TCA_KIND, b"ingress\0"),
@@ -222,7 +222,7 @@ impl Socket {
     }
 
     /// Undoes [`Socket::redirect`].
-    pub(super) fn end_redirect(&self, from: u32) -> io::Result<()> {
+    pub(crate) fn end_redirect(&self, from: u32) -> io::Result<()> {
         let qdisc = traffic(from, INGRESS_HANDLE, TC_H_INGRESS, 0);
         self.request(Message::new(RTM_DELQDISC, 0, &qdisc).attribute(TCA_KIND, b"ingress\0"))
     }

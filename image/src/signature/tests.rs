@@ -1,3 +1,5 @@
+//! Signatures that are right, and those that are not.
+
 use std::sync::Arc;
 
 use ring::rand::SystemRandom;

@@ -1,3 +1,5 @@
+//! Logs that are whole, changed, and cut short.
+
 use super::*;
 
 fn log() -> (tempfile::TempDir, AuditLog) {

@@ -38,19 +38,23 @@ impl Op {
         }
     }
 
-    /// Whether it is about the content of a file of this name.
+    /// Whether it is about the content of a file whose name ends so.
     #[must_use]
-    pub fn is_in(&self, name: &str) -> bool {
+    pub fn is_in(&self, end: &str) -> bool {
         match self {
-            Self::Write { path, .. } | Self::Sync(path) => path.file_name().is_some_and(|file| file == name),
+            Self::Write { path, .. } | Self::Sync(path) => path.to_string_lossy().ends_with(end),
             _ => false,
         }
     }
 
-    /// The first half of what is written: a write may be torn.
+    /// The first half of what is written: a write may be torn. Not of what is under another name until it is whole.
     #[must_use]
     pub fn torn(&self) -> Option<Self> {
         let Self::Write { path, at, bytes } = self else { return None };
+        let unfinished = ["tmp", "partial", "building"];
+        if path.extension().is_some_and(|end| unfinished.iter().any(|other| end == *other)) {
+            return None;
+        }
         let bytes = bytes.get(..bytes.len() / 2).filter(|half| !half.is_empty())?.to_vec();
         Some(Self::Write { path: path.clone(), at: *at, bytes })
     }

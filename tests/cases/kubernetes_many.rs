@@ -5,7 +5,7 @@ use hyper_tests::{Containerd, HANDLER, Pod, PodSpec, Release, host, image_name, 
 use serde_json::{Value, json};
 
 /// Pods in a row; growth of one each would be seen.
-const PODS: u32 = 30;
+const PODS: u32 = 20;
 /// After so many everything that is kept for good has been made.
 const WARM: u32 = 5;
 /// One in so many runs a container, beside the one that every pod has.

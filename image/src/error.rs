@@ -49,7 +49,7 @@ pub enum ImageError {
         why: &'static str,
     },
     /// A file that holds no public key of a kind that is known.
-    #[error("{name} holds no public key: want PEM with an ECDSA P-256, Ed25519 or RSA key")]
+    #[error("{name} holds no public key: want PEM with an ECDSA P-256 or Ed25519 key")]
     BadKey {
         /// The file.
         name: String,

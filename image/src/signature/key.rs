@@ -4,9 +4,7 @@ use std::path::Path;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use ring::signature::{
-    ECDSA_P256_SHA256_ASN1, ED25519, RSA_PKCS1_2048_8192_SHA256, UnparsedPublicKey, VerificationAlgorithm,
-};
+use ring::signature::{ECDSA_P256_SHA256_ASN1, ED25519, UnparsedPublicKey, VerificationAlgorithm};
 
 use crate::error::{ImageError, Result};
 use crate::store::read_bounded;
@@ -24,12 +22,6 @@ const P256_POINT: usize = 65;
 /// What comes before the 32 bytes of an Ed25519 key.
 const ED: &[u8] = &[0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
 const ED_KEY: usize = 32;
-/// `rsaEncryption`, in a key's bytes after four of length; then come four of length and the number of unused bits.
-const RSA: &[u8] =
-    &[0x30, 0x0d, 0x06, 0x09, 0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x01, 0x05, 0x00, 0x03, 0x82];
-const RSA_BEFORE: usize = 4;
-const RSA_AFTER: usize = 3;
-
 /// A key that signatures of images are held against.
 #[derive(Clone)]
 pub struct VerifyKey {
@@ -39,7 +31,7 @@ pub struct VerifyKey {
 }
 
 impl VerifyKey {
-    /// Reads a key from a PEM file: ECDSA on P-256, Ed25519, or RSA of at least 2048 bits.
+    /// Reads a key from a PEM file: ECDSA on P-256, or Ed25519.
     ///
     /// # Errors
     /// [`ImageError::Io`], or [`ImageError::BadKey`] for what is no such key.
@@ -66,11 +58,8 @@ impl VerifyKey {
         let (algorithm, key): (&'static dyn VerificationAlgorithm, &[u8]) =
             if let Some(point) = der.strip_prefix(P256).filter(|point| point.len() == P256_POINT) {
                 (&ECDSA_P256_SHA256_ASN1, point)
-            } else if let Some(key) = der.strip_prefix(ED).filter(|key| key.len() == ED_KEY) {
-                (&ED25519, key)
             } else {
-                let key = der.get(RSA_BEFORE..)?.strip_prefix(RSA)?.get(RSA_AFTER..)?;
-                (&RSA_PKCS1_2048_8192_SHA256, key)
+                (&ED25519, der.strip_prefix(ED).filter(|key| key.len() == ED_KEY)?)
             };
         Some(Self { name: name.to_owned(), algorithm, key: key.to_vec() })
     }

@@ -29,8 +29,8 @@ const SIGNATURE: &str = "dev.cosignproject.cosign/signature";
 const KIND: &str = "cosign container image signature";
 /// Largest text that is signed.
 const MAX_PAYLOAD_BYTES: u64 = 64 << 10;
-/// Longest signature in base64: one of RSA with 8192 bits has 1368 letters.
-const MAX_SIGNATURE: usize = 2048;
+/// Longest signature in base64: one of P-256 has 96 letters.
+const MAX_SIGNATURE: usize = 256;
 /// Signatures of one image that are looked at.
 const MAX_SIGNATURES: usize = 64;
 /// Largest file of kept signatures.
